@@ -1,0 +1,405 @@
+r"""Orthonormal bases: the first of the three choices, `chi = U phi` (Gerdes, Welling and Cheng 2024, section 3).
+
+A basis is a real orthonormal map between images `phi` and components `chi`, both of shape (batch, channel, height,
+width). It has no parameters to learn and no scale: length, volume and white noise look the same on both sides,
+
+    |chi| = |phi|,   |det U| = 1,   eps ~ N(0, I)  <=>  U eps ~ N(0, I).
+
+Every basis names its components: `basis.labels["wavenumber"][c, i, j]` belongs to the component `chi[:, c, i, j]`.
+Labels order the components for schedules and are the axes of plots.
+
+References:
+    GUD: Generation with Unified Diffusion, M. Gerdes, M. Welling, M. C. N. Cheng, 2024,
+    https://arxiv.org/abs/2410.02667
+"""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Images = Float[Tensor, "b c h w"]
+Shape = tuple[int, int, int]
+
+
+class Basis(nn.Module, ABC):
+    """A real orthonormal map `U` on images of one shape.
+
+    Arguments:
+        shape: the image shape (channel, height, width).
+    """
+
+    name: str
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shape must be (channel, height, width), all at least 1; got {tuple(shape)}")
+        self.shape: Shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+
+    @abstractmethod
+    def _analyse(self, images: Images) -> Images: ...
+
+    @abstractmethod
+    def _synthesise(self, components: Images) -> Images: ...
+
+    @abstractmethod
+    def _label(self) -> dict[str, Tensor]: ...
+
+    def forward(self, images: Images) -> Images:
+        """Components `chi = U phi` of `images` (b, c, h, w), in their dtype and on their device.
+
+        Raises:
+            ValueError: if the image shape is not the basis's shape.
+        """
+        return self._analyse(self._checked(images, "images"))
+
+    def inverse(self, components: Images) -> Images:
+        """Images `phi = U^T chi` of `components` (b, c, h, w).
+
+        Raises:
+            ValueError: if the component shape is not the basis's shape.
+        """
+        return self._synthesise(self._checked(components, "components"))
+
+    @cached_property
+    def labels(self) -> dict[str, Tensor]:
+        """Named labels, each of shape (c, h, w), float64; `channel` exists wherever colours are not mixed."""
+        return self._label()
+
+    def label(self, name: str) -> Float[Tensor, "c h w"]:
+        """One label by name.
+
+        Raises:
+            ValueError: if this basis has no such label; the message lists those it has.
+        """
+        if name not in self.labels:
+            raise ValueError(f"{type(self).__name__} has no label {name!r}; it has {sorted(self.labels)}")
+        return self.labels[name]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What `make` needs, beside the shape, to build this basis again."""
+        return {"name": self.name}
+
+    def _checked(self, x: Tensor, what: str) -> Tensor:
+        if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"{what} must have shape (batch, {', '.join(map(str, self.shape))}); got {tuple(x.shape)}")
+        return x
+
+    def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Channel, row and column of every place in the (c, h, w) array."""
+        axes = [torch.arange(n, dtype=torch.float64) for n in self.shape]
+        return tuple(torch.meshgrid(*axes, indexing="ij"))  # type: ignore[return-value]
+
+
+class Pixel(Basis):
+    """The identity: a component is a pixel. Labels: `channel`, `row`, `column`."""
+
+    name = "pixel"
+
+    def _analyse(self, images: Images) -> Images:
+        return images
+
+    def _synthesise(self, components: Images) -> Images:
+        return components
+
+    def _label(self) -> dict[str, Tensor]:
+        channel, row, column = self._grid()
+        return {"channel": channel, "row": row, "column": column}
+
+
+class PCA(Basis):
+    """Principal components: the basis in which the data's covariance is diagonal. One matrix product each way.
+
+    Arguments:
+        matrix: orthonormal rows of shape (g, n, n), `g = 1` with `n = c h w` (colours mixed) or `g = c` with
+            `n = h w` (each channel for itself).
+        shape: the image shape (channel, height, width).
+        eigenvalues: variance along each row, shape (g, n), in squared units of the data.
+
+    Labels: `rank` (0 = largest variance), `eigenvalue`; `channel` if colours are kept apart. Component `k` lies at
+    place `k` of the flattened (c, h, w) array, or of its channel's (h, w) array.
+
+    Raises:
+        ValueError: if the sizes of matrix, eigenvalues and shape do not fit together.
+    """
+
+    name = "pca"
+
+    def __init__(
+        self, matrix: Float[Tensor, "g n n"], shape: Shape, eigenvalues: Float[Tensor, "g n"] | None = None
+    ) -> None:
+        super().__init__(shape)
+        c, h, w = self.shape
+        if tuple(matrix.shape) not in {(1, c * h * w, c * h * w), (c, h * w, h * w)}:
+            raise ValueError(
+                f"matrix must have shape (1, {c * h * w}, {c * h * w}) or ({c}, {h * w}, {h * w}) "
+                f"for images of shape {self.shape}; got {tuple(matrix.shape)}"
+            )
+        if eigenvalues is None:
+            eigenvalues = matrix.new_ones(matrix.shape[:2])
+        if eigenvalues.shape != matrix.shape[:2]:
+            raise ValueError(
+                f"eigenvalues must have shape {tuple(matrix.shape[:2])}, one for each row of matrix; "
+                f"got {tuple(eigenvalues.shape)}"
+            )
+        self.matrix: Tensor
+        self.eigenvalues: Tensor
+        self.register_buffer("matrix", matrix)
+        self.register_buffer("eigenvalues", eigenvalues)
+
+    @classmethod
+    def fit(cls, images: Images, per_channel: bool = False) -> "PCA":
+        """Principal axes of `images`, by eigendecomposition of their covariance in float64.
+
+        Each axis's sign is fixed by making its largest entry positive, so that a fit is reproducible.
+
+        Arguments:
+            images: at least two images (b, c, h, w).
+            per_channel: fit each channel for itself instead of mixing colours.
+
+        Raises:
+            ValueError: if there are fewer than two images.
+        """
+        if images.ndim != 4 or images.shape[0] < 2:
+            raise ValueError(f"images must be at least two of shape (channel, height, width); got {tuple(images.shape)}")
+        b, c, h, w = images.shape
+        x = images.double().reshape((b, c, h * w) if per_channel else (b, 1, c * h * w)).transpose(0, 1)
+        x = x - x.mean(dim=1, keepdim=True)
+        values, vectors = torch.linalg.eigh(x.mT @ x / (b - 1))
+        rows = vectors.mT.flip(1)
+        rows = rows * rows.gather(2, rows.abs().argmax(dim=2, keepdim=True)).sign()
+        return cls(rows.contiguous(), (c, h, w), values.flip(1).clamp(min=0))
+
+    def _analyse(self, images: Images) -> Images:
+        groups = images.reshape(images.shape[0], self.matrix.shape[0], -1)
+        return torch.einsum("gkn,bgn->bgk", self.matrix.to(images), groups).reshape(images.shape)
+
+    def _synthesise(self, components: Images) -> Images:
+        groups = components.reshape(components.shape[0], self.matrix.shape[0], -1)
+        return torch.einsum("gkn,bgk->bgn", self.matrix.to(components), groups).reshape(components.shape)
+
+    def _label(self) -> dict[str, Tensor]:
+        g, n = self.eigenvalues.shape
+        labels = {
+            "rank": torch.arange(n, dtype=torch.float64).expand(g, n).reshape(self.shape),
+            "eigenvalue": self.eigenvalues.double().cpu().reshape(self.shape),
+        }
+        return labels | ({"channel": self._grid()[0]} if g == self.shape[0] else {})
+
+
+class Fourier(Basis):
+    r"""The two-dimensional discrete Fourier transform, packed into as many real numbers as there are pixels.
+
+    The packing is Hartley's, `chi_k = Re F_k - Im F_k` with the unitary transform `F`: for real images the pair
+    `chi_k, chi_{-k}` carries real and imaginary part of `F_k`, `chi_k^2 + chi_{-k}^2 = 2 |F_k|^2`, every component is
+    independent, none is redundant, and the transform is its own inverse at any size. Cost O(n log n).
+
+    Labels: `wavenumber` |k| and `ky`, `kx` in radians per pixel; `channel`.
+
+    References:
+        A More Symmetrical Fourier Analysis Applied to Transmission Problems, R. V. L. Hartley, 1942,
+        https://doi.org/10.1109/JRPROC.1942.234333
+    """
+
+    name = "fourier"
+
+    def _analyse(self, images: Images) -> Images:
+        spectrum = torch.fft.fft2(images, norm="ortho")
+        return spectrum.real - spectrum.imag
+
+    def _synthesise(self, components: Images) -> Images:
+        return self._analyse(components)
+
+    def _label(self) -> dict[str, Tensor]:
+        c, h, w = self.shape
+        ky = 2 * torch.pi * torch.fft.fftfreq(h, dtype=torch.float64)[None, :, None].expand(c, h, w)
+        kx = 2 * torch.pi * torch.fft.fftfreq(w, dtype=torch.float64)[None, None, :].expand(c, h, w)
+        return {"channel": self._grid()[0], "wavenumber": torch.hypot(ky, kx), "ky": ky, "kx": kx}
+
+
+class DCT(Basis):
+    """The orthonormal discrete cosine transform (DCT-II): Fourier without periodic borders.
+
+    Two small matrix products, O(n (h + w)), which at image sizes is faster than going through an FFT.
+    Labels: `wavenumber` |k| and `ky`, `kx` in radians per pixel; `channel`.
+    """
+
+    name = "dct"
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.rows: Tensor
+        self.columns: Tensor
+        self.register_buffer("rows", _cosines(self.shape[1]), persistent=False)
+        self.register_buffer("columns", _cosines(self.shape[2]), persistent=False)
+
+    def _analyse(self, images: Images) -> Images:
+        return self.rows.to(images) @ images @ self.columns.to(images).T
+
+    def _synthesise(self, components: Images) -> Images:
+        return self.rows.to(components).T @ components @ self.columns.to(components)
+
+    def _label(self) -> dict[str, Tensor]:
+        channel, row, column = self._grid()
+        ky, kx = torch.pi * row / self.shape[1], torch.pi * column / self.shape[2]
+        return {"channel": channel, "wavenumber": torch.hypot(ky, kx), "ky": ky, "kx": kx}
+
+
+def _cosines(n: int) -> Tensor:
+    k, x = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)[None, :]
+    matrix = (2 / n) ** 0.5 * torch.cos(torch.pi * k * (x + 0.5) / n)
+    matrix[0] /= 2**0.5
+    return matrix
+
+
+class Haar(Basis):
+    """The two-dimensional Haar wavelet transform: block averages, then what each finer level adds. Cost O(n).
+
+    Coefficients lie in the usual pyramid: coarse averages at the top left, finer details outwards. A row or column
+    left over at an odd size joins the averages with its own weight (the unbalanced Haar transform), so every size is
+    allowed, the map stays orthonormal, and a constant image has no detail.
+
+    Arguments:
+        shape: the image shape (channel, height, width).
+        levels: how often averages are split again, at least 1.
+
+    Labels: `level` (0 = averages, 1 = coarsest detail, `levels` = finest), `orientation` (0 average, 1 difference
+    along the columns, 2 along the rows, 3 both), `row`, `column` (centre of the component's support, pixels), `channel`.
+
+    Raises:
+        ValueError: if there are more levels than the image can be split.
+
+    References:
+        Unbalanced Haar Technique for Nonparametric Function Estimation, P. Fryzlewicz, 2007,
+        https://doi.org/10.1198/016214507000000860
+    """
+
+    name = "haar"
+
+    def __init__(self, shape: Shape, levels: int = 3) -> None:
+        super().__init__(shape)
+        most = (max(self.shape[1:]) - 1).bit_length()
+        if not 1 <= levels <= max(most, 1):
+            raise ValueError(f"levels must lie between 1 and {max(most, 1)} for images of shape {self.shape}; got {levels}")
+        self.levels = levels
+        for axis, size in (("h", self.shape[1]), ("w", self.shape[2])):
+            weight = torch.ones(size, dtype=torch.float64)
+            for level in range(levels):
+                left, right, rest = weight[0 : size // 2 * 2 : 2], weight[1::2], weight[size // 2 * 2 :]
+                rotation = torch.stack([left, right]).sqrt() / (left + right).sqrt()
+                self.register_buffer(f"{axis}{level}", rotation, persistent=False)
+                weight = torch.cat([left + right, rest])
+                size = len(weight)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Name and number of levels."""
+        return {"name": self.name, "levels": self.levels}
+
+    def _analyse(self, images: Images) -> Images:
+        return self._down(images, 0)
+
+    def _synthesise(self, components: Images) -> Images:
+        return self._up(components, 0)
+
+    def _down(self, x: Tensor, level: int) -> Tensor:
+        if level == self.levels:
+            return x
+        x = _split(_split(x, self._rotation("h", level, x), -2), self._rotation("w", level, x), -1)
+        h, w = (x.shape[-2] + 1) // 2, (x.shape[-1] + 1) // 2
+        top = torch.cat([self._down(x[..., :h, :w], level + 1), x[..., :h, w:]], dim=-1)
+        return torch.cat([top, x[..., h:, :]], dim=-2)
+
+    def _up(self, x: Tensor, level: int) -> Tensor:
+        if level == self.levels:
+            return x
+        h, w = (x.shape[-2] + 1) // 2, (x.shape[-1] + 1) // 2
+        top = torch.cat([self._up(x[..., :h, :w], level + 1), x[..., :h, w:]], dim=-1)
+        x = torch.cat([top, x[..., h:, :]], dim=-2)
+        return _merge(_merge(x, self._rotation("w", level, x), -1), self._rotation("h", level, x), -2)
+
+    def _rotation(self, axis: str, level: int, x: Tensor) -> Tensor:
+        return self.get_buffer(f"{axis}{level}").to(x)
+
+    def _label(self) -> dict[str, Tensor]:
+        c, h, w = self.shape
+        channel, row, column = self._grid()
+        level = torch.zeros(self.shape, dtype=torch.float64)
+        orientation = torch.zeros(self.shape, dtype=torch.float64)
+        for depth in range(self.levels):
+            low_h, low_w = (h + 1) // 2, (w + 1) // 2
+            for part, code in (((slice(low_h), slice(low_w, w)), 1), ((slice(low_h, h), slice(low_w)), 2),
+                               ((slice(low_h, h), slice(low_w, w)), 3)):  # fmt: skip
+                level[:, part[0], part[1]] = self.levels - depth
+                orientation[:, part[0], part[1]] = code
+            h, w = low_h, low_w
+        # The squared atoms are weights that sum to one: with them a centre of support is an average position.
+        power = self.inverse(torch.eye(row.numel(), dtype=torch.float64).reshape(-1, *self.shape)) ** 2
+        return {
+            "channel": channel,
+            "level": level,
+            "orientation": orientation,
+            "row": (power * row).sum(dim=(1, 2, 3)).reshape(self.shape),
+            "column": (power * column).sum(dim=(1, 2, 3)).reshape(self.shape),
+        }
+
+
+def _split(x: Tensor, rotation: Tensor, dim: int) -> Tensor:
+    """One Haar step along `dim`: weighted averages first, then differences."""
+    x = x.movedim(dim, -1)
+    pairs = 2 * rotation.shape[1]
+    (p, q), a, b = rotation, x[..., 0:pairs:2], x[..., 1:pairs:2]
+    return torch.cat([p * a + q * b, x[..., pairs:], q * a - p * b], dim=-1).movedim(-1, dim)
+
+
+def _merge(x: Tensor, rotation: Tensor, dim: int) -> Tensor:
+    """The inverse of `_split`, its transpose."""
+    x = x.movedim(dim, -1)
+    n = rotation.shape[1]
+    (p, q), average, rest, difference = rotation, x[..., :n], x[..., n : x.shape[-1] - n], x[..., x.shape[-1] - n :]
+    pairs = torch.stack([p * average + q * difference, q * average - p * difference], dim=-1).flatten(-2)
+    return torch.cat([pairs, rest], dim=-1).movedim(-1, dim)
+
+
+def make(name: str, shape: Shape, images: Images | None = None, **options: Any) -> Basis:
+    """A basis by name: `pixel`, `pca`, `fourier`, `dct` or `haar`.
+
+    Arguments:
+        name: one of the names above.
+        shape: the image shape (channel, height, width).
+        images: what `pca` is fitted to (b, c, h, w); the others do not look at it.
+        options: passed on (`levels` for `haar`, `per_channel` for `pca`).
+
+    Raises:
+        ValueError: for an unknown name, or for `pca` without images.
+
+    >>> make("haar", (1, 28, 28), levels=2).label("level").unique().tolist()
+    [0.0, 1.0, 2.0]
+    """
+    fixed = {kind.name: kind for kind in (Pixel, Fourier, DCT, Haar)}
+    if name in fixed:
+        return fixed[name](shape, **options)
+    if name != "pca":
+        raise ValueError(f"name must be one of {sorted([*fixed, 'pca'])}; got {name!r}")
+    if images is None:
+        raise ValueError("the basis 'pca' is fitted to data: give images")
+    return PCA.fit(images, **options)
+
+
+def groups_by(label: Float[Tensor, "c h w"], count: int) -> Tensor:
+    """Group indices 0 .. count-1 of shape (c, h, w) along a label, of as equal sizes as ties allow.
+
+    Components with equal labels stay together, so there may be fewer groups than asked for; indices are consecutive.
+
+    >>> groups_by(torch.tensor([[[0.0, 1.0, 2.0, 3.0]]]), 2).tolist()
+    [[[0, 0, 1, 1]]]
+    """
+    values, inverse, sizes = label.unique(return_inverse=True, return_counts=True)
+    before = sizes.cumsum(0) - sizes
+    group = (before + 0.5 * sizes) * count / label.numel()
+    return group.long().unique(return_inverse=True)[1][inverse]

@@ -1,0 +1,170 @@
+r"""A network around the exact Gaussian answer: it learns only what is not Gaussian.
+
+If the data were independent Gaussian components of variance c, the best prediction of the noise and its error would be
+
+    eps_G = sigma chi_t / v,     Var(eps | chi_t) = alpha^2 c / v,     v = alpha^2 c + sigma^2.
+
+So the network's answer F, an image, enters as `eps_hat = eps_G + alpha sqrt(c / v) U F`: its target has unit variance
+in every component at every noise level, its input chi_t / sqrt(v) too, and F = 0 is already the best denoiser that is
+linear in each component (in the PCA basis: the best linear denoiser). For one scale and one gamma this is the
+preconditioning of EDM.
+
+References:
+    Elucidating the Design Space of Diffusion-Based Generative Models, T. Karras et al., 2022,
+    https://arxiv.org/abs/2206.00364, section 5
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gudlib import bases, networks
+from gudlib.priors import Moments, Prior
+from gudlib.process import Batch, Gamma
+from gudlib.schedules import alpha
+
+
+class Denoiser(nn.Module):
+    """A model `(white_t, gamma) -> eps_hat` made of a network, the basis and the prior.
+
+    The network gets two images: `chi_t / sqrt(v)` in `white_data`, and the Gaussian's guess of the clean data, without
+    the mean, in data units. It runs in float32 (or under autocast); everything else keeps the dtype of `white_t`.
+
+    Arguments:
+        network: as in `gudlib.networks`, with 2 c input channels.
+        basis: U.
+        prior: S, and the variance c of the white data.
+    """
+
+    def __init__(self, network: nn.Module, basis: bases.Basis, prior: Prior) -> None:
+        super().__init__()
+        self.network, self.basis, self.prior = network, basis, prior
+
+    def forward(self, white_t: Batch, gamma: Gamma) -> Batch:
+        """The predicted noise, same shape and dtype as `white_t`; gamma broadcasts to it."""
+        c = self.prior.white_variance.to(white_t)
+        noise, signal = torch.sigmoid(gamma), torch.sigmoid(-gamma)
+        v = signal * c + noise
+        guess = self.prior.scale.to(white_t) * (signal.sqrt() * c / v) * white_t
+        images = torch.cat([self.basis.inverse((x).float()) for x in (white_t / v.sqrt(), guess)], dim=1)
+        answer = self.network(images, gamma.expand_as(white_t).float()).float()
+        return noise.sqrt() / v * white_t + (signal * c / v).sqrt() * self.basis(answer).to(white_t)
+
+
+def build(
+    basis: bases.Basis, prior: Prior, groups: int = 16, label: str | None = None, **network: Any
+) -> Denoiser:
+    """A denoiser with a fresh U-Net for a basis and a prior, in float32.
+
+    Arguments:
+        basis, prior: the components.
+        groups: into how many groups of noise levels the network's conditioning divides the components.
+        label: the label along which they are grouped; default the prior's order (variance).
+        network: options of `networks.UNet`.
+    """
+    along = prior.order.cpu() if label is None else basis.label(label)
+    unet = networks.UNet(basis.shape, bases.groups_by(along, groups), inputs=2 * basis.shape[0], **network)
+    return Denoiser(unet.to(memory_format=torch.channels_last), basis.float(), prior.float())
+
+
+def save(denoiser: Denoiser, path: str | Path, half: bool = False, card: dict[str, Any] | None = None) -> None:
+    """Write everything needed to use the denoiser again to one safetensors file, atomically.
+
+    Arguments:
+        denoiser: with a network of `gudlib.networks`.
+        path: the file; it is either complete or not there.
+        half: store the network's weights as float16 (basis and prior stay float32).
+        card: anything worth knowing about how it was trained; JSON values.
+    """
+    tensors = {k: v.half() if half and k.startswith("network.") and v.is_floating_point() else v
+               for k, v in denoiser.state_dict().items()}  # fmt: skip
+    write_tensors(path, tensors, describe(denoiser) | {"card": card or {}})
+
+
+def load(path: str | Path) -> Denoiser:
+    """The denoiser of a file written by `save`, in float32 on the CPU, ready to sample.
+
+    Raises:
+        ValueError: if the file is not a complete checkpoint; the message names it.
+    """
+    tensors, header = read_tensors(path)
+    shape = tuple(header["shape"])
+    if header["basis"]["name"] == "pca":
+        basis: bases.Basis = bases.PCA(tensors["basis.matrix"], shape, tensors["basis.eigenvalues"])
+    else:
+        basis = bases.make(**header["basis"], shape=shape)
+    prior = Prior(
+        Moments(tensors["prior.mean"], tensors["prior.variance"], header["floor"]), tensors["prior.scale"]
+    )
+    network = networks.make(header["network"], tensors.get("network.levels.groups"))
+    denoiser = Denoiser(network.to(memory_format=torch.channels_last), basis, prior)
+    denoiser.load_state_dict(tensors)
+    return denoiser.eval()
+
+
+def card(path: str | Path) -> dict[str, Any]:
+    """What `save` was told about the training of a checkpoint.
+
+    Raises:
+        ValueError: if the file is not a complete checkpoint.
+    """
+    return read_tensors(path)[1]["card"]
+
+
+def describe(denoiser: Denoiser) -> dict[str, Any]:
+    """The JSON header from which `load` rebuilds the modules."""
+    return {
+        "shape": list(denoiser.basis.shape),
+        "basis": denoiser.basis.spec,
+        "floor": denoiser.prior.floor,
+        "network": denoiser.network.config,
+    }
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Write named tensors and a JSON header as one safetensors file, atomically."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as partial:
+        whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        save_file(whole, partial, metadata={"header": json.dumps(header)})
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Named tensors and header of a file written by `write_tensors`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated or not one of ours.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["header"])
+            return {k: file.get_tensor(k) for k in file.keys()}, header  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a complete gudlib checkpoint: {error}") from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[str]:
+    """A temporary name beside `path` that takes its place when the block succeeds, and vanishes when it does not."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)

@@ -1,0 +1,130 @@
+r"""Closed forms: data whose score, denoiser and likelihood are known exactly.
+
+They are models like a network, `(white_t, gamma) -> eps_hat`, in white components and for any gamma vector:
+
+* `GaussianMixture`, of full covariances; with a single component, the Gaussian;
+* `Empirical`, finitely many points: the denoiser that a network with no inductive bias would learn from them.
+
+With A = diag alpha and N = diag sigma^2, a Gaussian N(m, C) diffuses to N(A m, A C A + N), and
+
+    E[chi_0 | chi_t] = m + C A (A C A + N)^-1 (chi_t - A m).
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gudlib.process import Batch, Gamma, to_eps
+from gudlib.schedules import alpha, sigma
+
+
+class GaussianMixture:
+    """A mixture of `k` normal distributions over `d` components, of any covariance.
+
+    Arguments:
+        means: (k, d), white units.
+        covariances: (k, d, d), symmetric positive semi-definite.
+        weights: (k,), positive; normalised here. Default equal.
+
+    Raises:
+        ValueError: if the shapes do not fit, or a weight is not positive.
+    """
+
+    def __init__(
+        self,
+        means: Float[Tensor, "k d"],
+        covariances: Float[Tensor, "k d d"],
+        weights: Float[Tensor, " k"] | None = None,
+    ) -> None:
+        weights = means.new_ones(len(means)) if weights is None else weights
+        k, d = means.shape
+        if tuple(covariances.shape) != (k, d, d) or tuple(weights.shape) != (k,):
+            raise ValueError(
+                f"means of shape ({k}, {d}) need covariances ({k}, {d}, {d}) and weights ({k},); "
+                f"got {tuple(covariances.shape)} and {tuple(weights.shape)}"
+            )
+        if not bool((weights > 0).all()):
+            raise ValueError(f"weights must be positive; got {weights.tolist()}")
+        self.means, self.covariances, self.weights = means, covariances, weights / weights.sum()
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n d"]:
+        """`n` draws (n, d)."""
+        which = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype)
+        values, vectors = torch.linalg.eigh(self.covariances)
+        root = vectors * values.clamp(min=0).sqrt()[:, None, :]
+        return self.means[which] + torch.einsum("nij,nj->ni", root[which], noise)
+
+    def score(self, white_t: Batch, gamma: Gamma) -> Batch:
+        """Gradient of log p(chi_t) with respect to chi_t, (b, c, h, w)."""
+        solved, log_joint = self._posterior(white_t, gamma)
+        return -(log_joint.softmax(0)[..., None] * solved).sum(0).reshape(white_t.shape)
+
+    def __call__(self, white_t: Batch, gamma: Gamma) -> Batch:
+        """The best prediction of the noise, E[eps | chi_t]."""
+        return to_eps(self.score(white_t, gamma), "score", white_t, gamma)
+
+    def log_prob(self, white_t: Batch, gamma: Gamma | None = None) -> Float[Tensor, " b"]:
+        """log p(chi_t) in nats for each of the batch; without gamma, that of the data themselves."""
+        gamma = white_t.new_full((1, *white_t.shape[1:]), -torch.inf) if gamma is None else gamma
+        return self._posterior(white_t, gamma)[1].logsumexp(0)
+
+    def covariance(self, gamma: Gamma) -> Float[Tensor, "k b d d"]:
+        """A C A + N of every mixture component at noise level gamma, (k, b, d, d) with b = 1 for one gamma."""
+        level = gamma.reshape(-1, self.means.shape[1])
+        a = alpha(level)
+        return a[:, :, None] * self.covariances[:, None] * a[:, None, :] + torch.sigmoid(level).diag_embed()
+
+    def _posterior(self, white_t: Batch, gamma: Gamma) -> tuple[Tensor, Tensor]:
+        """(A C A + N)^-1 (chi_t - A m), shape (k, b, d), and log (weight * density), shape (k, b)."""
+        x, d = white_t.reshape(len(white_t), -1), self.means.shape[1]
+        if x.shape[1] != d:
+            raise ValueError(f"white_t must have {d} components; got shape {tuple(white_t.shape)}")
+        level = gamma.reshape(-1, d)
+        root = torch.linalg.cholesky(self.covariance(gamma))  # (k, 1 or b, d, d)
+        off = x - alpha(level) * self.means[:, None]  # (k, b, d)
+        if root.shape[1] == 1:  # one gamma for all: one factorisation serves the whole batch
+            solved = torch.cholesky_solve(off.mT, root[:, 0]).mT
+        else:
+            solved = torch.cholesky_solve(off[..., None], root)[..., 0]
+        log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_density = -0.5 * ((off * solved).sum(-1) + log_det + d * math.log(2 * math.pi))
+        return solved, log_density + self.weights.log()[:, None]
+
+
+def gaussian(mean: Float[Tensor, " d"], covariance: Float[Tensor, "d d"]) -> GaussianMixture:
+    """A single normal distribution with full covariance, as a model."""
+    return GaussianMixture(mean[None], covariance[None])
+
+
+class Empirical:
+    """The exact denoiser of a finite data set: a softmax over its points.
+
+    Arguments:
+        points: white data (n, c, h, w).
+    """
+
+    def __init__(self, points: Batch) -> None:
+        self.points = points
+
+    def __call__(self, white_t: Batch, gamma: Gamma) -> Batch:
+        """The best prediction of the noise, E[eps | chi_t], if the data are exactly these points."""
+        x0 = (self.weights(white_t, gamma) @ self.points.flatten(1)).reshape(white_t.shape)
+        return to_eps(x0, "x0", white_t, gamma)
+
+    def weights(self, white_t: Batch, gamma: Gamma) -> Float[Tensor, "b n"]:
+        """Posterior probability of each point given chi_t."""
+        # |chi_t - alpha x|^2 / sigma^2, expanded so that no (b, n, d) array is made
+        a, s = (f(gamma).expand_as(white_t).flatten(1) for f in (alpha, sigma))
+        x, points = white_t.flatten(1), self.points.flatten(1)
+        cross = (x * a / s**2) @ points.T
+        square = (a / s).square() @ points.square().T
+        return (cross - 0.5 * square).softmax(1)
+
+
+def gaussian_eps(white_t: Batch, gamma: Gamma, white_variance: Float[Tensor, "c h w"]) -> Batch:
+    """E[eps | chi_t] for independent Gaussian components of mean 0 and variance c: sigma chi_t / (alpha^2 c + sigma^2)."""
+    noise = torch.sigmoid(gamma)
+    return noise.sqrt() * white_t / (torch.sigmoid(-gamma) * white_variance + noise)

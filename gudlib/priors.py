@@ -1,0 +1,188 @@
+r"""Priors: the second choice, what data flow to (Gerdes, Welling and Cheng 2024, section 3).
+
+A prior is a normal distribution with one scale for each component, `chi ~ N(m, diag S^2)`. Diffusion is written in the
+*white* components in which the prior is standard,
+
+    chi_hat_i = (chi_i - m_i) / S_i,      log p(chi) = log p(chi_hat) - sum_i log S_i,
+
+so that the noise has covariance `U^T S^2 U` in the data. `S = 1` is the usual isotropic noise; `S_i^2 = Sigma_i`, the
+data's own variance ("whitening"), gives every white component unit variance at every time.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Components = Float[Tensor, "b c h w"]
+PerComponent = Float[Tensor, "c h w"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance of every component of a data set.
+
+    Attributes:
+        mean: (c, h, w), units of the data.
+        variance: Sigma_i, (c, h, w), squared units of the data, as measured.
+        floor: variances count as at least this share of the largest wherever one divides by them or takes their log.
+    """
+
+    mean: PerComponent
+    variance: PerComponent
+    floor: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.floor < 1:
+            raise ValueError(f"floor must lie between 0 and 1, as a share of the largest variance; got {self.floor}")
+        if self.mean.shape != self.variance.shape:
+            raise ValueError(f"mean and variance differ in shape: {tuple(self.mean.shape)}, {tuple(self.variance.shape)}")
+
+    @property
+    def floored(self) -> PerComponent:
+        """max(Sigma_i, floor * max Sigma), (c, h, w)."""
+        return self.variance.clamp(min=self.floor * self.variance.max().item())
+
+    @property
+    def n_floored(self) -> int:
+        """How many components lie below the floor."""
+        return int((self.variance < self.floored).sum())
+
+
+def measure(basis: Callable[[Tensor], Tensor], images: Components, floor: float = 1e-4) -> Moments:
+    """Component means and variances of `images` (b, c, h, w) in a basis, accumulated in float64.
+
+    Arguments:
+        basis: the map from images to components.
+        images: the data, at least two images.
+        floor: see `Moments`.
+
+    Raises:
+        ValueError: if there are fewer than two images.
+    """
+    if len(images) < 2:
+        raise ValueError(f"images must be at least two, to have a variance; got {len(images)}")
+    mean = torch.stack([basis(part).double().sum(0) for part in images.split(1024)]).sum(0) / len(images)
+    square = torch.stack([(basis(part).double() - mean).square().sum(0) for part in images.split(1024)]).sum(0)
+    return Moments(mean, square / (len(images) - 1), floor)
+
+
+class Prior(nn.Module):
+    """`N(m, diag S^2)` over components, and what the data look like in its units.
+
+    Arguments:
+        moments: mean and variance of the data's components.
+        scale: S_i > 0, (c, h, w), units of the data.
+
+    Raises:
+        ValueError: if the scale's shape is not the moments', or a scale is not positive and finite.
+    """
+
+    def __init__(self, moments: Moments, scale: PerComponent) -> None:
+        super().__init__()
+        if scale.shape != moments.mean.shape:
+            raise ValueError(f"scale must have shape {tuple(moments.mean.shape)}; got {tuple(scale.shape)}")
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            raise ValueError(f"scale must be positive and finite; its smallest entry is {scale.min().item():g}")
+        self.floor = moments.floor
+        self.mean: Tensor
+        self.scale: Tensor
+        self.variance: Tensor
+        self.register_buffer("mean", moments.mean)
+        self.register_buffer("scale", scale)
+        self.register_buffer("variance", moments.variance)
+
+    @property
+    def moments(self) -> Moments:
+        """The data's moments, in components."""
+        return Moments(self.mean, self.variance, self.floor)
+
+    @property
+    def white_variance(self) -> PerComponent:
+        """c_i = Sigma_i / S_i^2, the variance of the white data, (c, h, w); 1 where the prior whitens."""
+        return self.variance / self.scale**2
+
+    @property
+    def order(self) -> PerComponent:
+        """l_i = -log Sigma_i (floored), the paper's ordering variable for soft-conditioning, (c, h, w)."""
+        return -self.moments.floored.log()
+
+    @property
+    def log_variance(self) -> PerComponent:
+        """log of the white data's variance with the floor applied, (c, h, w): 0 everywhere for the whitened prior."""
+        return (self.moments.floored / self.scale**2).log()
+
+    @property
+    def log_volume(self) -> Tensor:
+        """sum_i log S_i, a scalar: log p(data) = log p(white) - log_volume."""
+        return self.scale.log().sum()
+
+    def whiten(self, components: Components) -> Components:
+        """chi_hat = (chi - m) / S."""
+        return (components - self.mean.to(components)) / self.scale.to(components)
+
+    def unwhiten(self, white: Components) -> Components:
+        """chi = m + S chi_hat."""
+        return self.mean.to(white) + self.scale.to(white) * white
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Components:
+        """`n` draws of components (n, c, h, w)."""
+        noise = torch.randn(n, *self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        return self.unwhiten(noise)
+
+    def log_prob(self, components: Components) -> Float[Tensor, " b"]:
+        """Log-density in nats of each of a batch of components (b, c, h, w)."""
+        square = self.whiten(components).square().flatten(1).sum(1)
+        return -0.5 * square - 0.5 * self.mean.numel() * math.log(2 * math.pi) - self.log_volume.to(components)
+
+    def kl(self, gamma: PerComponent | None = None) -> PerComponent:
+        """KL divergence, in nats for each component (c, h, w), from the data's independent normals to the prior.
+
+        With `gamma` (c, h, w) the data are first diffused that far: what remains between `chi(t)` and the prior.
+        """
+        c = self.white_variance
+        if gamma is not None:
+            c = torch.sigmoid(-gamma) * c + torch.sigmoid(gamma)
+        return 0.5 * (c - 1 - c.log())
+
+
+def isotropic(moments: Moments, scale: float = 1.0) -> Prior:
+    """The same noise for all components: S_i = scale, in units of the data."""
+    return Prior(moments, torch.full_like(moments.mean, scale))
+
+
+def whitened(moments: Moments) -> Prior:
+    """Noise with the data's own variances: S_i^2 = Sigma_i, floored."""
+    return interpolated(moments, 1.0)
+
+
+def interpolated(moments: Moments, r: float) -> Prior:
+    """Between isotropic (r = 0) and whitened (r = 1): S_i = Sigma_i^(r/2), floored.
+
+    The paper sweeps a parameter `r` beside the softness `a` (section 5.1); that it is this exponent is our reading.
+    """
+    return Prior(moments, moments.floored ** (r / 2))
+
+
+def power_law(moments: Moments, wavenumber: PerComponent, exponent: float = 2.0) -> Prior:
+    """Noise of a power-law spectrum: S_i^2 proportional to k_i^-exponent, with the data's total variance.
+
+    Arguments:
+        moments: of the data.
+        wavenumber: k_i >= 0, (c, h, w); k = 0 counts as the smallest other wavenumber.
+        exponent: 0 is white noise, about 2 is natural images.
+
+    Raises:
+        ValueError: if the wavenumbers are of another shape, negative, or all zero.
+    """
+    if wavenumber.shape != moments.mean.shape or bool((wavenumber < 0).any()) or not bool((wavenumber > 0).any()):
+        raise ValueError(
+            f"wavenumber must be of shape {tuple(moments.mean.shape)}, not negative and not all zero; "
+            f"got shape {tuple(wavenumber.shape)}, smallest {wavenumber.min().item():g}"
+        )
+    k = wavenumber.to(moments.mean).clamp(min=wavenumber[wavenumber > 0].min().item())
+    power = k**-exponent
+    return Prior(moments, (power * moments.variance.sum() / power.sum()).sqrt())

@@ -1,0 +1,241 @@
+r"""Training: denoising regression along a family of schedules (Gerdes, Welling and Cheng 2024, sections 3 and 5).
+
+For images, times t and softnesses a drawn at random, with gamma = gamma_a(t) the vector of all noise levels,
+
+    loss = E sum_i w_i (eps_i - eps_hat_i(chi_t, gamma))^2 / D,
+
+where w = 1 is the plain loss and w_i = gamma_i' / mean(gamma') the likelihood's (its integral bounds -log p). One network
+trained over a range of `a` can be sampled along any schedule of the range.
+
+Every random number of step n comes from (seed, n) alone, so a run that is stopped and resumed is, on a CPU, bit for bit
+the run that was not.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from gudlib.data import dequantise
+from gudlib.denoiser import Denoiser, describe, read_tensors, write_tensors
+from gudlib.networks import UNet
+from gudlib.process import diffuse
+from gudlib.schedules import Schedule
+
+Family = Callable[[Tensor], Schedule]
+WEIGHTINGS = ("plain", "likelihood")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps in all.
+        batch: images a step, over all processes.
+        rate: peak learning rate of AdamW; it warms up over `warmup` steps and falls to zero along a cosine.
+        warmup: steps.
+        ema: decay of the averaged weights, reached gradually as min(ema, (1 + n) / (10 + n)).
+        clip: largest gradient norm.
+        softness: range of `a`, drawn uniformly for each image.
+        weighting: `plain` or `likelihood`.
+        seed: of everything random.
+        save_every: steps between checkpoints.
+    """
+
+    steps: int = 1000
+    batch: int = 64
+    rate: float = 2e-3
+    warmup: int = 100
+    ema: float = 0.999
+    clip: float = 1.0
+    softness: tuple[float, float] = (0.4, 1.6)
+    weighting: str = "plain"
+    seed: int = 0
+    save_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.softness[0] > self.softness[1]:
+            raise ValueError(f"softness must be (lowest, highest); got {self.softness}")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {WEIGHTINGS}; got {self.weighting!r}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One training step.
+
+    Attributes:
+        step: number of steps done, from 1.
+        loss: weighted mean square error of the noise; 1 = predicts nothing.
+        by_group: unweighted mean square error in each of the U-Net's component groups, (g,), or of each component.
+        rate: learning rate.
+        seconds: wall-clock time of this step.
+    """
+
+    step: int
+    loss: float
+    by_group: Float[Tensor, " g"] = field(repr=False)
+    rate: float
+    seconds: float
+
+
+def times(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
+    """`n` uniform times in [0, 1) of low discrepancy: one random shift of a regular grid.
+
+    References:
+        Variational Diffusion Models, D. P. Kingma et al., 2021, https://arxiv.org/abs/2107.00630, appendix I
+    """
+    shift = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
+    return (shift + torch.arange(n, device=generator.device) / n) % 1
+
+
+class Trainer:
+    """Holds network, average, optimiser and position; `run` goes on from there.
+
+    Arguments:
+        denoiser: to be trained in place.
+        images: the training data (n, c, h, w), uint8, dequantised with uniform noise at every use.
+        family: the schedule for a tensor of softnesses, one for each image of a batch.
+        settings: how to train.
+        checkpoint: file to write to every `save_every` steps and at the end, and to resume from if it is there.
+
+    Raises:
+        ValueError: if the checkpoint at that place was trained with other settings, network or data shape.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        images: UInt8[Tensor, "n c h w"],
+        family: Family,
+        settings: Settings,
+        checkpoint: str | Path | None = None,
+    ) -> None:
+        from accelerate import Accelerator
+
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != denoiser.basis.shape:
+            raise ValueError(
+                f"images must be uint8 of shape (n, {', '.join(map(str, denoiser.basis.shape))}); "
+                f"got {images.dtype} of shape {tuple(images.shape)}"
+            )
+        self.settings, self.family, self.checkpoint = settings, family, checkpoint
+        self.accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+        denoiser.to(self.accelerator.device)
+        self.images = images.to(self.accelerator.device)
+        self.plain, self._described = denoiser.network, describe(denoiser)
+        self.average = AveragedModel(self.plain, multi_avg_fn=self._average)
+        optimizer = torch.optim.AdamW(self.plain.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        network, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
+        self.denoiser = Denoiser(network, denoiser.basis, denoiser.prior)
+        self.step = 0
+        if checkpoint is not None and Path(checkpoint).exists():
+            self.restore(checkpoint)
+
+    def run(self) -> Iterator[Record]:
+        """Train to `settings.steps`, yielding a record after each step; stop iterating at any time."""
+        while self.step < self.settings.steps:
+            start = time.perf_counter()
+            loss, by_group, rate = self._advance()
+            if self.checkpoint and (self.step % self.settings.save_every == 0 or self.step == self.settings.steps):
+                self.save(self.checkpoint)
+            yield Record(self.step, loss, by_group, rate, time.perf_counter() - start)
+
+    def loss(self, index: int) -> tuple[Tensor, Tensor]:
+        """Weighted loss, and squared noise errors (b, c, h, w), on the batch that belongs to step `index`."""
+        s, device = self.settings, self.accelerator.device
+        # A stream of its own for every step: nothing to store for a resume
+        generator = torch.Generator(device).manual_seed(s.seed * 1_000_003 + index)
+        which = torch.randint(len(self.images), (s.batch,), generator=generator, device=device)
+        t, a = times(s.batch, generator), times(s.batch, generator)
+        a = a[torch.randperm(s.batch, generator=generator, device=device)]
+        data = dequantise(self.images[which], generator)
+        eps = torch.randn(data.shape, generator=generator, device=device)
+
+        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        low, high = s.softness
+        schedule = self.family(low + (high - low) * a[mine])
+        gamma, eps = schedule.gamma(t[mine]).float(), eps[mine]
+        white = self.denoiser.prior.whiten(self.denoiser.basis(data[mine]))
+        error = (eps - self.denoiser(diffuse(white, gamma, eps), gamma)).square()
+        if s.weighting == "plain":
+            return error.mean(), error
+        rate = schedule.rate(t[mine]).float()
+        return (rate * error).mean() / rate.mean(), error
+
+    def averaged(self) -> Denoiser:
+        """A denoiser with the averaged weights, sharing basis and prior; for sampling."""
+        return Denoiser(self.average.module, self.denoiser.basis, self.denoiser.prior).eval()
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole state to one file, atomically."""
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {f"network.{k}": v for k, v in self.plain.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.module.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+        write_tensors(path, tensors, self._header() | {"step": self.step})
+
+    def restore(self, path: str | Path) -> None:
+        """Continue from a file written by `save`.
+
+        Raises:
+            ValueError: if it was written under other settings, or for another network or shape.
+        """
+        tensors, header = read_tensors(path)
+        mine = json.loads(json.dumps(self._header()))
+        for name in mine:
+            if header.get(name) != mine[name]:
+                raise ValueError(
+                    f"{path} belongs to another run, which had {name} = {header.get(name)}; this one has {mine[name]}. "
+                    "Remove it or give another file"
+                )
+        self.plain.load_state_dict(_part(tensors, "network."))
+        self.average.module.load_state_dict(_part(tensors, "average."))
+        self.average.n_averaged.fill_(header["step"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in _part(tensors, "optimizer.").items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.step = header["step"]
+
+    def _advance(self) -> tuple[float, Tensor, float]:
+        s = self.settings
+        rate = s.rate * min(1, (self.step + 1) / s.warmup) * 0.5 * (1 + math.cos(math.pi * self.step / s.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, error = self.loss(self.step)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.plain.parameters(), s.clip)
+        self.optimizer.step()
+        self.average.update_parameters(self.plain)
+        self.step += 1
+        by_group = error.detach().mean(0).flatten()
+        if isinstance(self.plain, UNet):
+            by_group = by_group @ self.plain.levels.pool
+        return loss.item(), by_group.cpu(), rate
+
+    def _average(self, averages: list[Tensor], weights: list[Tensor], n: Tensor) -> None:
+        decay = min(self.settings.ema, (1 + int(n)) / (10 + int(n)))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    def _header(self) -> dict[str, Any]:
+        return {"settings": asdict(self.settings), "images": list(self.images.shape), **self._described}
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
