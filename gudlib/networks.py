@@ -24,11 +24,14 @@ CONDITIONINGS = ("film", "attention", "map")
 class GammaGroups(nn.Module):
     """Noise levels as features of groups of components: (batch, group, 9).
 
+    Beyond `reach` a component is clean or gone for every practical purpose, and all levels there look the same: so a
+    network trained over a range of schedules can be asked about steeper ones.
+
     Arguments:
         groups: consecutive group indices 0 .. g-1, (c, h, w).
     """
 
-    features = 9
+    reach = 12.0
 
     def __init__(self, groups: Int[Tensor, "c h w"]) -> None:
         super().__init__()
@@ -40,7 +43,7 @@ class GammaGroups(nn.Module):
         self.register_buffer("frequencies", 2 * torch.pi / torch.tensor([8.0, 16.0, 32.0, 64.0]), persistent=False)
 
     def forward(self, gamma: Float[Tensor, "b c h w"]) -> Float[Tensor, "b g 9"]:
-        mean = (gamma.flatten(1) @ self.pool)[..., None]
+        mean = (gamma.clamp(-self.reach, self.reach).flatten(1) @ self.pool)[..., None]
         phase = mean * self.frequencies
         return torch.cat([mean / 10, phase.sin(), phase.cos()], dim=-1)
 

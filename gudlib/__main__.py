@@ -1,0 +1,101 @@
+"""`python -m gudlib run | refresh | data | doctor`: run the notebooks, and see what this machine has for them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+RUN = """Execute notebooks with papermill. What was completed before with the same code and parameters is skipped.
+Each notebook gets those of the parameters that it declares; one that no notebook declares is refused."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 good, 1 something failed, 2 asked for wrongly, 130 interrupted."""
+    parser = argparse.ArgumentParser("python -m gudlib", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="execute notebooks into a folder", description=RUN)
+    run.add_argument("names", nargs="*", metavar="NAME", help="02, 02_bases or a path; default: all notebooks")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    run.add_argument("-f", type=Path, metavar="FILE", help="set parameters from a YAML file; -p overrides it")
+    run.add_argument("--profile", choices=["laptop", "gpu"], help="of the notebooks that have a parameter `profile`")
+    run.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time; they share the cores")
+    run.add_argument("--out", type=Path, default=Path("runs/book"), metavar="DIR", help="default: runs/book")
+    run.add_argument("--fresh", action="store_true", help="run again what was completed before")
+    run.set_defaults(command=_run)
+
+    refresh = commands.add_parser("refresh", help="execute notebooks in place, before a commit")
+    refresh.add_argument("names", nargs="*", metavar="NAME", help="as for run")
+    refresh.set_defaults(command=_refresh)
+
+    commands.add_parser("data", help="list the image sets").set_defaults(command=_data)
+    commands.add_parser("doctor", help="check packages, device, data, checkpoints").set_defaults(command=_doctor)
+
+    options = parser.parse_args(arguments)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues with what is not done", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    import yaml
+
+    from gudlib import notebooks, runs
+
+    try:
+        parameters = (yaml.safe_load(options.f.read_text()) or {}) if options.f else {}
+        if not isinstance(parameters, dict):
+            raise ValueError(f"{options.f} holds no lines `name: value`")
+        if options.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1; got {options.jobs}")
+        paths, parameters = notebooks.find(options.names), parameters | dict(options.p)
+        jobs = runs.plan(paths, options.out.resolve(), parameters, options.profile, options.fresh)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    results = runs.run(jobs, options.jobs)
+    width = max(len(result.notebook) for result in results)
+    print(f"\n{'notebook':{width}}  status     minutes  output")
+    for result in results:
+        print(f"{result.notebook:{width}}  {result.status:9}  {result.seconds / 60:7.1f}  {result.output}")
+    failed = [result for result in results if result.status == "failed"]
+    for result in failed:
+        print(f"failed: {result.output}, {result.failure}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _refresh(options: argparse.Namespace) -> int:
+    from nbclient.exceptions import CellControlSignal, DeadKernelError
+
+    from gudlib import notebooks
+
+    try:
+        for path in notebooks.find(options.names):
+            print(f"refreshing {path.stem}", flush=True)
+            notebooks.refresh(path)
+    except (ValueError, CellControlSignal, DeadKernelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from gudlib import data, doctor
+
+    for name, source in data.KNOWN.items():
+        counts = f"{source.train:,} + {source.test:,} images of {'x'.join(map(str, source.shape))}"
+        print(f"{name}: {counts}; licence: {source.licence}; {doctor.origin(name)}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from gudlib import doctor
+
+    return 0 if doctor.report() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

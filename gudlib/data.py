@@ -1,0 +1,238 @@
+"""Image sets as tensors: embedded ones, a folder of yours, or the Hugging Face hub.
+
+A split is a parquet table of encoded images; `load` decodes it to grey levels x in {0, ..., 255}. Models see
+
+    scale:       y = x / 127.5 - 1                          in [-1, 1]
+    dequantise:  y = (x + u) / 128 - 1,    u ~ U[0, 1)      in [-1, 1)
+
+A density p(y) of dequantised images bounds the probability of their grey levels (A note on the evaluation of
+generative models, Theis, van den Oord, Bethge, 2016, https://arxiv.org/abs/1511.01844, section 3.1). With d
+pixels times colours, 128 (y + 1) = x + u adds log2(128) = 7 bits to each: bits/dim <= E[-log2 p(y)] / d + 7.
+
+A split is taken from the first that has it of `$GUDLIB_DATA/<name>/<split>.parquet`, the repository's
+`data/<name>/<split>.parquet` and the hub. A faulty file there is an error, never passed over.
+"""
+
+import io
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+if TYPE_CHECKING:  # importing it takes a second: only `load` does
+    from datasets import Dataset
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "data"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a known image set is; `load` checks what it finds against it.
+
+    Rows larger than `shape` are cut into patches on a grid, centred in the row: `strides` gives the pixels from
+    patch to patch, in train and test (one wider than the row leaves its central patch; None: no cutting).
+    """
+
+    shape: tuple[int, int, int]  # (c, h, w) of the images that `load` returns
+    train: int  # how many there are; a folder of `$GUDLIB_DATA` may hold fewer or more
+    test: int
+    licence: str  # as its publisher states it
+    classes: int = 0  # labels are 0 to classes - 1; 0: no labels
+    hub: str | None = None  # identifier on the Hugging Face hub; None: embedded
+    strides: tuple[int, int] | None = None
+
+
+KNOWN = {
+    "fashion_mnist": Source((1, 28, 28), 10_000, 2_000, "MIT", 10),
+    # 61 x 45 patches of one picture's left 384 columns, 31 x 7 of its right 128
+    "histology": Source((3, 32, 32), 2_745, 217, "no known copyright restrictions", strides=(8, 16)),
+    "fashion_mnist_full": Source((1, 28, 28), 60_000, 10_000, "MIT", 10, "zalando-datasets/fashion_mnist"),
+    "cifar10": Source((3, 32, 32), 50_000, 10_000, "not stated", 10, "uoft-cs/cifar10"),
+    # the centres of 96 x 96 rows; the first use downloads 7.6 GB
+    "pcam": Source((3, 32, 32), 262_144, 32_768, "CC0", 2, "1aurent/PatchCamelyon", (96, 96)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """One split: grey levels, classes and their names (where there are any), and where it came from."""
+
+    name: str
+    split: str
+    origin: str  # "GUDLIB_DATA", "embedded" or "hub"
+    images: UInt8[Tensor, "n c h w"] = field(repr=False)
+    labels: Int64[Tensor, " n"] | None = field(repr=False)
+    class_names: tuple[str, ...] = field(repr=False)
+
+
+def load(name: str, split: str) -> ImageSet:
+    """Load "train" or "test" of a set of `KNOWN`, or of a folder of `$GUDLIB_DATA`, in the table's order.
+
+    Raises:
+        ValueError: unknown name or split; a file that is damaged or holds something else than expected.
+        FileNotFoundError: the split is nowhere; says where it was looked for, and the ways to get it.
+
+    >>> load("histology", "test").images.shape
+    torch.Size([217, 3, 32, 32])
+    """
+    place, source = locate(name, split), KNOWN.get(name)
+    if isinstance(place, Path):
+        dataset, origin = _read(place), "embedded" if EMBEDDED in place.parents else "GUDLIB_DATA"
+    else:
+        dataset, origin = _download(name, split, place), "hub"
+    _expect(len(dataset) > 0, f"{place}", "no rows", "images")
+    labels, names = None, ()
+    if "label" in dataset.features or (source and source.classes):
+        labels, names = _labels(dataset, f"{place}", source)
+    images = _images(dataset, f"{place}", source, split)
+    if labels is not None:
+        labels = labels.repeat_interleave(len(images) // len(labels))  # patches share their row's
+    if source and origin != "GUDLIB_DATA":
+        count = source.train if split == "train" else source.test
+        _expect(len(images) == count, f"{place}", f"{len(images)} images", f"{count}")
+    return ImageSet(name, split, origin, images, labels, names)
+
+
+def locate(name: str, split: str) -> Path | str:
+    """Find where `load` takes a split from: a file, or an identifier on the hub. Reads nothing, raises as it.
+
+    >>> locate("fashion_mnist", "train").name, locate("cifar10", "test")
+    ('train.parquet', 'uoft-cs/cifar10')
+    """
+    own = os.environ.get("GUDLIB_DATA")
+    if own and not Path(own).is_dir():
+        raise FileNotFoundError(f"GUDLIB_DATA={own} is not a folder")
+    if name not in KNOWN and not (own and name and (Path(own) / name).is_dir()):
+        yours = f"or a folder of GUDLIB_DATA={own}" if own else "GUDLIB_DATA is not set"
+        raise ValueError(f"unknown image set {name!r}; known: {', '.join(KNOWN)}; {yours}")
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}; known: train, test")
+    if found := [path for path in _files(name, split) if path.exists()]:
+        return found[0]
+    if name in KNOWN and (hub := KNOWN[name].hub):
+        return hub
+    raise FileNotFoundError(_missing(name, split))
+
+
+def scale(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Map grey levels to y = x / 127.5 - 1 in [-1, 1], float32; `to_uint8` inverts it exactly."""
+    return images.float() / 127.5 - 1
+
+
+def dequantise(images: UInt8[Tensor, "*shape"], generator: torch.Generator) -> Float[Tensor, "*shape"]:
+    """Map grey levels to y = (x + u) / 128 - 1 in [-1, 1), float32; `to_uint8` inverts it exactly.
+
+    u takes 2^16 values, with which x + u is exact in float32: it never rounds up to the next grey level.
+    """
+    u = torch.randint(2**16, images.shape, generator=generator, dtype=torch.int32, device=images.device)
+    return (images + u / 2**16) / 128 - 1
+
+
+def to_uint8(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """Map values to grey levels for viewing: floor(128 (y + 1)), clamped to 0 and 255."""
+    return (128 * (values.float() + 1)).floor().clamp(0, 255).to(torch.uint8)
+
+
+def _files(name: str, split: str) -> list[Path]:
+    roots = [os.environ.get("GUDLIB_DATA"), EMBEDDED]
+    return [Path(root) / name / f"{split}.parquet" for root in roots if root]
+
+
+def _missing(name: str, split: str, hub: str = "") -> str:
+    tried = [f"{path}: no such file" for path in _files(name, split)] + [hub] * bool(hub)
+    online, embedded = ([n for n, s in KNOWN.items() if bool(s.hub) is there] for there in (True, False))
+    return "\n  ".join([f"{name}/{split} not found. Looked for:", *tried]) + (
+        f"\nThree ways to get data: go online (for {', '.join(online)}); set GUDLIB_DATA to a folder with "
+        f"{name}/{split}.parquet, columns image (or img) and label; use an embedded set: {', '.join(embedded)}."
+    )
+
+
+def _expect(right: bool, where: str, found: str, expected: str) -> None:
+    if not right:
+        raise ValueError(f"{where}: found {found}, expected {expected}")
+
+
+def _read(path: Path) -> "Dataset":
+    """Read a file into memory: `datasets.load_dataset` would copy it to a cache in the user's home."""
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return Dataset(file.read())
+    except (ValueError, OSError) as error:  # pyarrow's are either
+        found = f"{path.stat().st_size} bytes, truncated or damaged ({error})"
+        raise ValueError(f"{path}: found {found}, expected a parquet file") from error
+
+
+def _download(name: str, split: str, hub: str) -> "Dataset":
+    """Take a split from the hub, or from the cache of `datasets` where the hub is silent for 5 seconds."""
+    from datasets import config, load_dataset
+
+    offline, url = config.HF_HUB_OFFLINE, f"{config.HF_ENDPOINT}/datasets/{hub}"
+    why = "HF_HUB_OFFLINE is set" if offline else ""
+    try:
+        if not offline:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
+    except OSError as error:  # a refusal is an answer too: `datasets` will say what is wrong
+        why = "" if isinstance(error, urllib.error.HTTPError) else f"no answer ({error})"
+    try:
+        config.HF_HUB_OFFLINE = bool(why)  # else it retries for half a minute before it turns to its cache
+        return load_dataset(hub, split=split)
+    except Exception as error:
+        why = why or f"{type(error).__name__}: {error}".split("\n")[0]
+        raise FileNotFoundError(_missing(name, split, f"{url}: {why}; and not in the cache")) from error
+    finally:
+        config.HF_HUB_OFFLINE = offline
+
+
+def _labels(dataset: "Dataset", where: str, source: Source | None) -> tuple[Int64[Tensor, " n"], tuple]:
+    _expect("label" in dataset.features, where, f"columns {', '.join(dataset.features)}", "also label")
+    labels = dataset.data.column("label").to_numpy()
+    last = source.classes - 1 if source and source.classes else np.inf
+    right = labels.dtype.kind in "iub" and 0 <= labels.min() and labels.max() <= last
+    _expect(right, where, f"labels {labels} ({labels.dtype})", f"integers 0 to {last}")
+    return torch.from_numpy(labels.astype(np.int64)), tuple(getattr(dataset.features["label"], "names", ()))
+
+
+def _images(dataset: "Dataset", where: str, source: Source | None, split: str) -> UInt8[Tensor, "n c h w"]:
+    """Decode each row, check it against the first and the source, and cut it into patches."""
+    column = next((name for name in ("image", "img") if name in dataset.features), "")
+    _expect(column != "", where, f"columns {', '.join(dataset.features)}", "an image column, image or img")
+    kind = str(dataset.data.schema.field(column).type)
+    _expect(kind.startswith("struct<bytes: "), where, f"column {column} of {kind}", "datasets.Image()")
+    cells = dataset.data.column(column)
+    full = _pixels(cells[0]["bytes"].as_py(), f"{where}, row 0").shape
+    c, h, w = source.shape if source else full
+    stride = source.strides[split == "test"] if source and source.strides else 0
+    fits = full[0] == c and full[1] >= h and full[2] >= w if stride else full == (c, h, w)
+    _expect(fits, where, f"images (c, h, w) = {full}", f"{(c, h, w)}{' or larger' * bool(stride)}")
+    rooms = full[1] - h, full[2] - w
+    tops, lefts = (range(room % stride // 2, room + 1, stride) if stride else [0] for room in rooms)
+    images = np.empty((len(cells), len(tops), len(lefts), c, h, w), np.uint8)
+    for i, cell in enumerate(cells):
+        pixels = _pixels(cell["bytes"].as_py(), f"{where}, row {i}")
+        _expect(pixels.shape == full, where, f"row {i} of shape {pixels.shape}", f"{full} as in row 0")
+        for j, top in enumerate(tops):
+            for k, left in enumerate(lefts):
+                images[i, j, k] = pixels[:, top : top + h, left : left + w]
+    return torch.from_numpy(images.reshape(-1, c, h, w))
+
+
+def _pixels(encoded: bytes, where: str) -> np.ndarray:
+    """Decode an 8-bit grey or RGB image to an array (c, h, w)."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            shape = image.height, image.width, {"L": 1, "RGB": 3}[image.mode]
+            return np.frombuffer(image.tobytes(), np.uint8).reshape(shape).transpose(2, 0, 1)
+    except Exception as error:  # Pillow raises a dozen types on damaged bytes
+        raise ValueError(f"{where}: found {error!r}, expected an 8-bit grey or RGB image") from error

@@ -1,0 +1,135 @@
+"""What this machine has for the companion, and what is broken: packages, device, data, checkpoints.
+
+Each check yields (what is so, remedy) line by line; the remedy is empty where all is well. No check needs what
+another one looks for, so a machine without torch still hears about its data files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+INSTALL = "remove .venv and run make test; without make: pip install -c constraints.txt -e '.[test]'"
+
+
+def report() -> bool:
+    """Print every check, a line for each thing looked at, and return whether all is well."""
+    broken = 0
+    for check in (packages, device, kernel, image_sets, files):
+        try:
+            found = list(check())
+        except Exception as error:  # whatever goes wrong in here is what was asked for
+            found = [(f"{check.__name__.replace('_', ' ')}: {type(error).__name__}: {error}", INSTALL)]
+        for line, remedy in found:
+            print(f"BROKEN: {line}\n  remedy: {remedy}" if remedy else line, flush=True)
+        broken += sum(bool(remedy) for _, remedy in found)
+    print(f"{broken} broken" if broken else "all well")
+    return not broken
+
+
+def packages() -> Iterator[tuple[str, str]]:
+    """Installed versions, against what `pyproject.toml` needs and what `constraints.txt` says was tested."""
+    from packaging.requirements import Requirement
+
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    yield f"python {platform.python_version()}", ""
+    for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
+        needed = Requirement(requirement)
+        try:
+            version = importlib.metadata.version(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield f"{needed.name} is not installed", INSTALL
+            continue
+        tested = "" if version.split("+")[0] == pins[needed.name] else f", not the tested {pins[needed.name]}"
+        yield f"{needed.name} {version}{tested}", "" if version in needed.specifier else INSTALL
+
+
+def device() -> Iterator[tuple[str, str]]:
+    """Where torch computes, and the machine's memory."""
+    import torch
+
+    name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    yield f"device {name}, {torch.get_num_threads()} threads, {memory:.0f} GiB of memory", ""
+
+
+def kernel() -> Iterator[tuple[str, str]]:
+    """The kernel that the notebooks name."""
+    from jupyter_client.kernelspec import find_kernel_specs
+
+    found = "python3" in find_kernel_specs()
+    yield f"jupyter kernel python3 {'found' if found else 'missing'}", "" if found else INSTALL
+
+
+def image_sets() -> Iterator[tuple[str, str]]:
+    """Where each known image set would come from. Being offline is not a fault."""
+    from datasets import config
+
+    from gudlib import data
+
+    own = os.environ.get("GUDLIB_DATA")
+    if own and not Path(own).is_dir():
+        yield f"GUDLIB_DATA={own} is not a folder", "unset GUDLIB_DATA, or make it the folder of your image sets"
+        return
+    hub = "can't be reached"
+    try:
+        if config.HF_HUB_OFFLINE:
+            hub = "is switched off by HF_HUB_OFFLINE"
+        else:
+            urllib.request.urlopen(config.HF_ENDPOINT, timeout=3).close()
+            hub = "can be reached"
+    except OSError:
+        pass
+    yield f"the hub {hub}", ""
+    for name in data.KNOWN:
+        place = origin(name)
+        yield f"data {name}: {place}", "git checkout -- data" if "missing" in place else ""
+
+
+def origin(name: str) -> str:
+    """Where `data.load` takes the splits of a known image set from, in words."""
+    from gudlib import data
+
+    places = {}
+    for split in ("train", "test"):
+        try:
+            place = data.locate(name, split)
+        except FileNotFoundError:
+            places[split] = "missing"
+        else:
+            embedded = isinstance(place, Path) and data.EMBEDDED in place.parents
+            places[split] = "embedded" if embedded else _hub(place) if isinstance(place, str) else str(place)
+    return places["train"] if len({*places.values()}) == 1 else ", ".join(f"{k}: {v}" for k, v in places.items())
+
+
+def _hub(identifier: str) -> str:
+    from datasets import config
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, name = identifier.split("/")
+    cached = (Path(config.HF_DATASETS_CACHE) / f"{owner}___{camelcase_to_snakecase(name)}").is_dir()
+    return f"hub, {identifier}, {'cached' if cached else 'not cached'}"
+
+
+def files() -> Iterator[tuple[str, str]]:
+    """The embedded image sets and the checkpoints against the sums that lie beside them."""
+    for folder, pattern in ((ROOT / "data", "*/*.parquet"), (ROOT / "data" / "checkpoints", "*.safetensors")):
+        sums = folder / "SHA256SUMS"
+        lines = sums.read_text().splitlines() if sums.is_file() else []
+        listed = {folder / name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
+        for path in sorted({sums, *listed, *folder.glob(pattern)}):
+            name = path.relative_to(ROOT)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+            if not digest:
+                yield f"{name} is missing", f"git checkout -- {name}"
+            elif path != sums and digest != listed.get(path):
+                yield f"{name} is damaged, or not in {sums.name}", f"git checkout -- {folder.relative_to(ROOT)}"
+            else:
+                yield f"{name} is intact", ""

@@ -1,0 +1,117 @@
+"""The notebooks as files: find them, read what parameters they declare, and refresh what is committed of them.
+
+A refresh executes a notebook in place, in the environment that the tests use, and removes all that would differ
+the next time: two refreshes write the same bytes, so a diff shows what really changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import nbclient
+import nbformat
+import papermill
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+# Of the kernels in refresh and test alike: one thread gives the same digits again, bars would be stored as text.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "TQDM_DISABLE": "1"}
+QUIET = ["--log-level=ERROR"]  # of the kernel: it warns at each start that its local sockets aren't encrypted
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
+}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def book() -> list[Path]:
+    """The notebooks of the companion, in reading order."""
+    return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def find(names: Sequence[str] = ()) -> list[Path]:
+    """Notebooks by number (`02`), name (`02_bases`) or path; the whole book if no names are given.
+
+    Raises:
+        ValueError: for a name that is none of these; it lists the notebooks that there are.
+    """
+    known = {key: path for path in book() for key in (path.stem, path.stem[:2])}
+    paths = [known.get(name, Path(name)).resolve() for name in names] if names else book()
+    missing = [str(path) for path in paths if path.suffix != ".ipynb" or not path.is_file()]
+    if missing or not paths:
+        there = ", ".join(path.stem for path in book()) or "none"
+        raise ValueError(f"no notebook {', '.join(missing)}; there are (in {NOTEBOOKS}): {there}")
+    return paths
+
+
+def parameters_of(notebook: Path) -> dict[str, tuple[str, str]]:
+    """(type, default) of every parameter that the cell tagged `parameters` declares, as written there.
+
+    Raises:
+        ValueError: for a line of that cell that is no `name: type = default`; it gives the line.
+    """
+    cells = [cell for cell in nbformat.read(notebook, 4).cells if "parameters" in cell.metadata.get("tags", ())]
+    found = papermill.inspect_notebook(notebook) if cells else {}
+    declared = {name: (entry["inferred_type_name"], entry["default"]) for name, entry in found.items()}
+    for line in cells[0].source.splitlines() if cells else ():
+        code = line.partition("#")[0]
+        hint = declared.get(code.partition(":")[0].strip(), ("None", ""))[0]
+        if code.strip() and (hint == "None" or code.count("=") != 1):
+            raise ValueError(f"{notebook.name}: not a parameter of the form `name: type = default`: {line}")
+    return declared
+
+
+def title(notebook: Path) -> str:
+    """The heading that a notebook opens with."""
+    return nbformat.read(notebook, 4).cells[0].source.partition("\n")[0].lstrip("# ")
+
+
+def navigation(notebook: Path) -> str:
+    """Markdown links from a notebook of the book to the one before, the README and the one after."""
+    paths = book()
+    here = paths.index(notebook)
+    links = ["[README](../README.md)"]
+    if here:
+        links.insert(0, f"[← {title(paths[here - 1])}]({paths[here - 1].name})")
+    if here + 1 < len(paths):
+        links.append(f"[{title(paths[here + 1])} →]({paths[here + 1].name})")
+    return " | ".join(links)
+
+
+def refresh(notebook: Path) -> None:
+    """Execute a notebook of the book and write it back, its navigation bar up to date.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: if a cell fails; the file stays as it was.
+    """
+    content = nbformat.read(notebook, 4)
+    bar = nbformat.v4.new_markdown_cell(navigation(notebook), metadata={"tags": ["navigation"]})
+    cells = [cell for cell in content.cells if "navigation" not in cell.metadata.get("tags", ())]
+    content.cells = [cells[0], bar, *cells[1:]]
+    os.environ.update(ENVIRONMENT)
+    nbclient.NotebookClient(
+        content,
+        timeout=None,
+        extra_arguments=QUIET,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(notebook.parent)}},
+    ).execute()
+    draft = notebook.with_suffix(".tmp")
+    nbformat.write(_settled(content), draft)
+    os.replace(draft, notebook)
+
+
+def _settled(content: NotebookNode) -> NotebookNode:
+    """`content` without what changes from run to run: widgets' random names, cells' ids, versions in the metadata."""
+    content.metadata = nbformat.from_dict(METADATA)
+    content.nbformat_minor = 5
+    for number, cell in enumerate(content.cells):
+        cell.id = f"cell-{number:02d}"
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", ())]
+    return content

@@ -1,0 +1,187 @@
+"""The house style, and the figures that several notebooks share. Functions draw arrays and return axes.
+
+One palette, distinguishable without colour: lines also differ in dash and darkness (`LINES`), maps run from dark to light.
+"""
+
+from collections.abc import Sequence
+from itertools import cycle
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+import torch
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from torch import Tensor
+
+from gudlib.bases import Basis
+from gudlib.process import Process
+from gudlib.schedules import Schedule
+
+# Okabe and Ito's colours for the colour-blind, from dark to light, each with a dash of its own
+COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9"]
+DASHES = ["-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1))]
+LINES = [{"color": c, "linestyle": d} for c, d in zip(COLOURS, DASHES, strict=True)]
+MAP = "cividis"
+
+
+def use_style() -> None:
+    """Set the look of every figure of the companion."""
+    sns.set_theme(context="notebook", style="ticks")
+    plt.rcParams.update(
+        {
+            "figure.figsize": (8, 3.2),
+            "figure.dpi": 90,
+            "savefig.bbox": "tight",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.prop_cycle": plt.cycler(color=COLOURS) + plt.cycler(linestyle=DASHES),
+            "axes.titlesize": "medium",
+            "axes.labelsize": "medium",
+            "legend.frameon": False,
+            "image.cmap": MAP,
+            "font.size": 10,
+        }
+    )
+
+
+def image(ax: Axes, picture: Float[Tensor, "c h w"], title: str = "", limits: tuple[float, float] = (-1, 1)) -> Axes:
+    """Draw one image, grey or RGB, without axes; `limits` are the values shown as black and white."""
+    shown = ((picture.detach().cpu().float() - limits[0]) / (limits[1] - limits[0])).clamp(0, 1)
+    ax.imshow(shown.permute(1, 2, 0).numpy() if len(shown) == 3 else shown[0].numpy(), cmap="gray", vmin=0, vmax=1)
+    ax.set_title(title, fontsize="small")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    sns.despine(ax=ax, left=True, bottom=True)
+    return ax
+
+
+def image_rows(
+    rows: Sequence[Float[Tensor, "n c h w"]],
+    labels: Sequence[str],
+    titles: Sequence[str] = (),
+    limits: tuple[float, float] | None = (-1, 1),
+    size: float = 0.9,
+) -> list[Axes]:
+    """Rows of images with a label at the left of each row and, if given, titles over the columns.
+
+    Arguments:
+        rows: for each row its images (n, c, h, w), in units of the data.
+        labels: one for each row.
+        titles: one for each column.
+        limits: values shown as black and white; None scales every image to its own largest magnitude.
+        size: of one image, inches.
+    """
+    columns = max(len(row) for row in rows)
+    _, axes = plt.subplots(
+        len(rows), columns, figsize=(size * columns + 1.3, size * len(rows) + 0.3), squeeze=False,
+        gridspec_kw={"wspace": 0.05, "hspace": 0.08},
+    )  # fmt: skip
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        for j in range(columns):
+            if j >= len(row):
+                axes[i, j].axis("off")
+                continue
+            reach = float(row[j].abs().max()) or 1.0
+            image(axes[i, j], row[j], titles[j] if titles and i == 0 else "", limits or (-reach, reach))
+        axes[i, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize="small")
+    return list(axes.flat)
+
+
+def sample_grid(pictures: Float[Tensor, "n c h w"], columns: int = 8, title: str = "", size: float = 0.8) -> Axes:
+    """All images as one mosaic with thin gaps, `columns` to a row."""
+    n, c, h, w = pictures.shape
+    rows = -(-n // columns)
+    sheet = torch.ones(c, rows * (h + 1) - 1, columns * (w + 1) - 1)
+    for k, picture in enumerate(pictures.detach().cpu().clamp(-1, 1)):
+        i, j = divmod(k, columns)
+        sheet[:, i * (h + 1) : i * (h + 1) + h, j * (w + 1) : j * (w + 1) + w] = picture
+    _, ax = plt.subplots(figsize=(size * columns, size * rows * h / w + 0.3))
+    return image(ax, sheet, title)
+
+
+def forward_strip(
+    process: Process, picture: Float[Tensor, "c h w"], times: Sequence[float], noise: Float[Tensor, "c h w"]
+) -> Float[Tensor, "t c h w"]:
+    """One image diffused to several times with one noise throughout: the rows of the paper's figure 4.
+
+    Arguments:
+        process: basis, prior and schedule.
+        picture: the image, in units of the data.
+        times: t in [0, 1].
+        noise: white components of the noise.
+    """
+    t = torch.tensor(times, dtype=picture.dtype)
+    white = process.white(picture[None])
+    return process.data(process.schedule.alpha(t) * white + process.schedule.sigma(t) * noise.to(picture))
+
+
+def snr_fan(
+    ax: Axes,
+    schedule: Schedule,
+    label: Float[Tensor, "c h w"],
+    name: str,
+    white_variance: Float[Tensor, "c h w"] | None = None,
+    lines: int = 9,
+) -> Axes:
+    """log SNR of components along t, from dark (lowest label) to light (highest): the paper's picture of a schedule.
+
+    Arguments:
+        ax: where to draw.
+        schedule: of the components.
+        label: by which components are chosen and coloured.
+        name: of the label, with its unit, for the colour bar.
+        white_variance: c, for Var(chi(0)); 1 if not given.
+        lines: how many components to draw, at evenly spread label ranks.
+    """
+    t = torch.linspace(0, 1, 201, dtype=torch.float64)
+    variance = torch.ones(schedule.shape) if white_variance is None else white_variance
+    log_snr = schedule.snr(t, variance.clamp(min=1e-12)).log().flatten(1)
+    ranked = label.flatten().argsort()
+    chosen = ranked[torch.linspace(0, len(ranked) - 1, lines).round().long()]
+    scale = Normalize(float(label.min()), float(label.max()) or 1.0)
+    colours = plt.get_cmap(MAP)
+    for index, width in zip(chosen.tolist(), np.linspace(2.4, 0.9, len(chosen)), strict=True):
+        colour = colours(0.9 * scale(float(label.flatten()[index])))
+        ax.plot(t, log_snr[:, index], color=colour, linestyle="-", linewidth=width)
+    ax.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
+    ax.set(xlabel="time t  (0 = data, 1 = noise)", ylabel="log SNR", xlim=(0, 1))
+    bar = ax.figure.colorbar(plt.cm.ScalarMappable(scale, colours), ax=ax, pad=0.02)
+    bar.set_label(name)
+    return ax
+
+
+def component_map(ax: Axes, values: Float[Tensor, "h w"], name: str, title: str = "") -> Axes:
+    """One number for each component in the layout of its basis, with a colour bar named with its unit."""
+    drawn = ax.imshow(values.detach().cpu().numpy(), cmap=MAP)
+    ax.figure.colorbar(drawn, ax=ax, shrink=0.85, pad=0.03).set_label(name)
+    ax.set(title=title, xticks=[], yticks=[])
+    return ax
+
+
+def atoms(basis: Basis, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
+    """The images of single components: rows of U, by their place in the flattened (c, h, w) array."""
+    units = torch.zeros(len(indices), *basis.shape)
+    units.view(len(indices), -1)[range(len(indices)), list(indices)] = 1
+    return basis.inverse(units)
+
+
+def describe(axes: Axes | Sequence[Axes]) -> None:
+    """Print what figures show: title, axis labels and for each line its length, first, last, smallest, largest value.
+
+    The comparison of notebook outputs does not see pictures; it sees this.
+    """
+    for ax in [axes] if isinstance(axes, Axes) else axes:
+        if not (ax.lines or ax.images):
+            continue
+        print(f"{ax.get_title() or 'untitled'} | x: {ax.get_xlabel() or '-'} | y: {ax.get_ylabel() or '-'}")
+        names = cycle("abcdefghijklmnopqrstuvwxyz")
+        for name, line in zip(names, ax.lines, strict=False):
+            y = np.asarray(line.get_ydata(), dtype=float)
+            label = str(line.get_label())
+            shown = name if label.startswith("_") else label
+            print(f"  {shown}: n={len(y)} first={y[0]:.3g} last={y[-1]:.3g} min={y.min():.3g} max={y.max():.3g}")
+        for drawn in ax.images:
+            y = np.asarray(drawn.get_array(), dtype=float)
+            print(f"  image {'x'.join(map(str, y.shape))}: mean={y.mean():.2g} min={y.min():.2g} max={y.max():.2g}")
