@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 from gudlib.data import dequantise
 from gudlib.denoiser import Denoiser, describe, read_tensors, write_tensors
 from gudlib.networks import UNet
-from gudlib.process import diffuse
+from gudlib.process import Batch, Model, diffuse
 from gudlib.schedules import Schedule
 
 Family = Callable[[Tensor], Schedule]
@@ -99,6 +99,28 @@ def times(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
     """
     shift = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
     return (shift + torch.arange(n, device=generator.device) / n) % 1
+
+
+@torch.no_grad()
+def evaluate(
+    model: Model, white: Batch, schedule: Schedule, generator: torch.Generator, chunk: int = 256
+) -> Float[Tensor, "c h w"]:
+    """Mean square error of the predicted noise in each component, over data and over t.
+
+    Arguments:
+        model: `(white_t, gamma) -> eps_hat`.
+        white: held-out data as white components (n, c, h, w).
+        schedule: along which they are noised.
+        generator: of times and noise; the same seed compares models on the same draws.
+        chunk: images at a time.
+    """
+    total = torch.zeros_like(white[0])
+    shuffled = torch.randperm(len(white), generator=generator, device=generator.device)
+    for part, t in zip(white[shuffled].split(chunk), times(len(white), generator).split(chunk), strict=True):
+        eps = torch.randn(part.shape, generator=generator, device=generator.device, dtype=part.dtype)
+        gamma = schedule.gamma(t).to(part)
+        total += (eps - model(diffuse(part, gamma, eps), gamma)).square().sum(0)
+    return total / len(white)
 
 
 class Trainer:

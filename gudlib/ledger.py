@@ -1,0 +1,37 @@
+"""Claims: what a notebook asserts, as a number with the range in which it counts as true, kept for the ledger.
+
+A claim cell prints PASS or FAIL and adds a row to `runs/claims/NOTEBOOK.json` (`$GUDLIB_RESULTS/claims/` if that is set).
+"""
+
+import json
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def claim(notebook: str, name: str, value: float, low: float = -float("inf"), high: float = float("inf")) -> bool:
+    """Check `low <= value <= high`, print the verdict and record it.
+
+    Arguments:
+        notebook: two digits, `06`.
+        name: the claim in words, with the unit; a later claim of the same name replaces it.
+        value: what was measured.
+        low, high: the accepted range.
+
+    Returns:
+        whether it holds.
+    """
+    value, holds = float(value), bool(low <= value <= high)
+    above, below = low > -float("inf"), high < float("inf")
+    accepted = f"{low:g} to {high:g}" if above and below else f"at least {low:g}" if above else f"at most {high:g}"
+    print(f"{'PASS' if holds else 'FAIL'}  {name}  (accepted: {accepted})")
+    folder = Path(os.environ.get("GUDLIB_RESULTS", ROOT / "runs")) / "claims"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{notebook}.json"
+    rows = json.loads(path.read_text()) if path.is_file() else {}
+    rows[name] = {"value": value, "low": low, "high": high, "holds": holds}
+    draft = folder / f".{notebook}.{os.getpid()}.tmp"
+    draft.write_text(json.dumps(rows, indent=2) + "\n")
+    os.replace(draft, path)
+    return holds
