@@ -17,7 +17,6 @@ References:
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gudlib import bases, networks
+from gudlib.exact import gaussian_eps
 from gudlib.priors import Moments, Prior
 from gudlib.process import Batch, Gamma
 from gudlib.schedules import alpha
@@ -55,9 +55,9 @@ class Denoiser(nn.Module):
         noise, signal = torch.sigmoid(gamma), torch.sigmoid(-gamma)
         v = signal * c + noise
         guess = self.prior.scale.to(white_t) * (signal.sqrt() * c / v) * white_t
-        images = torch.cat([self.basis.inverse((x).float()) for x in (white_t / v.sqrt(), guess)], dim=1)
+        images = torch.cat([self.basis.inverse(x.float()) for x in (white_t / v.sqrt(), guess)], dim=1)
         answer = self.network(images, gamma.expand_as(white_t).float()).float()
-        return noise.sqrt() / v * white_t + (signal * c / v).sqrt() * self.basis(answer).to(white_t)
+        return gaussian_eps(white_t, gamma, c) + (signal * c / v).sqrt() * self.basis(answer).to(white_t)
 
 
 def build(
@@ -159,8 +159,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[str]:
     """A temporary name beside `path` that takes its place when the block succeeds, and vanishes when it does not."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    partial = f"{path.with_name('.' + path.name)}.{os.getpid()}.tmp"
     try:
         yield partial
         with open(partial, "rb") as file:

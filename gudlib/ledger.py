@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def claim(notebook: str, name: str, value: float, low: float = -float("inf"), high: float = float("inf")) -> bool:
+def claim(notebook: str, name: str, value: float, low: float = -float("inf"), high: float = float("inf")) -> None:
     """Check `low <= value <= high`, print the verdict and record it.
 
     Arguments:
@@ -18,11 +18,9 @@ def claim(notebook: str, name: str, value: float, low: float = -float("inf"), hi
         name: the claim in words, with the unit; a later claim of the same name replaces it.
         value: what was measured.
         low, high: the accepted range.
-
-    Returns:
-        whether it holds.
     """
-    value, holds = float(value), bool(low <= value <= high)
+    value = float(value)
+    holds = low <= value <= high
     above, below = low > -float("inf"), high < float("inf")
     accepted = f"{low:g} to {high:g}" if above and below else f"at least {low:g}" if above else f"at most {high:g}"
     print(f"{'PASS' if holds else 'FAIL'}  {name}  (accepted: {accepted})")
@@ -34,4 +32,3 @@ def claim(notebook: str, name: str, value: float, low: float = -float("inf"), hi
     draft = folder / f".{notebook}.{os.getpid()}.tmp"
     draft.write_text(json.dumps(rows, indent=2) + "\n")
     os.replace(draft, path)
-    return holds

@@ -19,6 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 # Of the kernels in refresh and test alike: one thread gives the same digits again, bars would be stored as text.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "TQDM_DISABLE": "1"}
+CELL_TIMEOUT = 600  # seconds
+# nbclient plays the browser for ipywidgets' Output: its message may cross a cell's reply, for which it then waits
+# forever (github.com/jupyter/nbclient/issues/312). Without, what is printed into an Output is the cell's own output.
+NO_WIDGETS: dict[str, dict] = {}
 QUIET = ["--log-level=ERROR"]  # of the kernel: it warns at each start that its local sockets aren't encrypted
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -39,12 +43,12 @@ def find(names: Sequence[str] = ()) -> list[Path]:
         ValueError: for a name that is none of these; it lists the notebooks that there are.
     """
     known = {key: path for path in book() for key in (path.stem, path.stem[:2])}
-    paths = [known.get(name, Path(name)).resolve() for name in names] if names else book()
+    paths = [known.get(name, Path(name)) for name in names] if names else book()
     missing = [str(path) for path in paths if path.suffix != ".ipynb" or not path.is_file()]
     if missing or not paths:
         there = ", ".join(path.stem for path in book()) or "none"
         raise ValueError(f"no notebook {', '.join(missing)}; there are (in {NOTEBOOKS}): {there}")
-    return paths
+    return [path.resolve() for path in paths]
 
 
 def parameters_of(notebook: Path) -> dict[str, tuple[str, str]]:
@@ -92,22 +96,24 @@ def refresh(notebook: Path) -> None:
     cells = [cell for cell in content.cells if "navigation" not in cell.metadata.get("tags", ())]
     content.cells = [cells[0], bar, *cells[1:]]
     os.environ.update(ENVIRONMENT)
-    nbclient.NotebookClient(
+    client = nbclient.NotebookClient(
         content,
-        timeout=None,
+        timeout=CELL_TIMEOUT,
         extra_arguments=QUIET,
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(notebook.parent)}},
-    ).execute()
+    )
+    client.widget_registry = NO_WIDGETS
+    client.execute()
     draft = notebook.with_suffix(".tmp")
-    nbformat.write(_settled(content), draft)
+    nbformat.write(settled(content), draft)
     os.replace(draft, notebook)
 
 
-def _settled(content: NotebookNode) -> NotebookNode:
-    """`content` without what changes from run to run: widgets' random names, cells' ids, versions in the metadata."""
+def settled(content: NotebookNode) -> NotebookNode:
+    """Remove from `content` what changes from run to run: widgets' random names, cells' ids, versions."""
     content.metadata = nbformat.from_dict(METADATA)
     content.nbformat_minor = 5
     for number, cell in enumerate(content.cells):

@@ -118,45 +118,28 @@ def forward_strip(
 
 
 def snr_fan(
-    ax: Axes,
-    schedule: Schedule,
-    label: Float[Tensor, "c h w"],
-    name: str,
-    white_variance: Float[Tensor, "c h w"] | None = None,
-    lines: int = 9,
+    ax: Axes, schedule: Schedule, label: Float[Tensor, "c h w"], name: str = "", lines: int = 9
 ) -> Axes:
-    """log SNR of components along t, from dark (lowest label) to light (highest): the paper's picture of a schedule.
+    """log SNR of unit-variance components along t, from dark (lowest label) to light (highest).
 
     Arguments:
         ax: where to draw.
         schedule: of the components.
         label: by which components are chosen and coloured.
-        name: of the label, with its unit, for the colour bar.
-        white_variance: c, for Var(chi(0)); 1 if not given.
-        lines: how many components to draw, at evenly spread label ranks.
+        name: of the label, with its unit, for the colour bar; no bar without it.
+        lines: how many components to draw, at evenly spread labels.
     """
     t = torch.linspace(0, 1, 201, dtype=torch.float64)
-    variance = torch.ones(schedule.shape) if white_variance is None else white_variance
-    log_snr = schedule.snr(t, variance.clamp(min=1e-12)).log().flatten(1)
-    ranked = label.flatten().argsort()
-    chosen = ranked[torch.linspace(0, len(ranked) - 1, lines).round().long()]
-    scale = Normalize(float(label.min()), float(label.max()) or 1.0)
-    colours = plt.get_cmap(MAP)
-    for index, width in zip(chosen.tolist(), np.linspace(2.4, 0.9, len(chosen)), strict=True):
-        colour = colours(0.9 * scale(float(label.flatten()[index])))
-        ax.plot(t, log_snr[:, index], color=colour, linestyle="-", linewidth=width)
+    log_snr = -schedule.gamma(t).flatten(1)
+    low, high = float(label.min()), float(label.max())
+    scale, colours = Normalize(low, high if high > low else low + 1), plt.get_cmap(MAP)
+    for value, width in zip(np.linspace(low, high, lines), np.linspace(2.6, 1.0, lines), strict=True):
+        nearest = int((label.flatten() - value).abs().argmin())
+        ax.plot(t, log_snr[:, nearest], color=colours(0.9 * scale(value)), linestyle="-", linewidth=width)
     ax.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
     ax.set(xlabel="time t  (0 = data, 1 = noise)", ylabel="log SNR", xlim=(0, 1))
-    bar = ax.figure.colorbar(plt.cm.ScalarMappable(scale, colours), ax=ax, pad=0.02)
-    bar.set_label(name)
-    return ax
-
-
-def component_map(ax: Axes, values: Float[Tensor, "h w"], name: str, title: str = "") -> Axes:
-    """One number for each component in the layout of its basis, with a colour bar named with its unit."""
-    drawn = ax.imshow(values.detach().cpu().numpy(), cmap=MAP)
-    ax.figure.colorbar(drawn, ax=ax, shrink=0.85, pad=0.03).set_label(name)
-    ax.set(title=title, xticks=[], yticks=[])
+    if name:
+        ax.figure.colorbar(plt.cm.ScalarMappable(scale, colours), ax=ax, pad=0.02).set_label(name)
     return ax
 
 

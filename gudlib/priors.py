@@ -186,3 +186,22 @@ def power_law(moments: Moments, wavenumber: PerComponent, exponent: float = 2.0)
     k = wavenumber.to(moments.mean).clamp(min=wavenumber[wavenumber > 0].min().item())
     power = k**-exponent
     return Prior(moments, (power * moments.variance.sum() / power.sum()).sqrt())
+
+
+def multi_information(covariance: Float[Tensor, "n n"], noise: float = 0.0) -> Float[Tensor, ""]:
+    """What normal components lose when taken as independent, KL(N(0, C) || N(0, diag C)), in nats for each of them.
+
+    (sum_i log C_ii - log det C) / 2n: zero for a diagonal C only, and blind to the scale of a component.
+
+    Arguments:
+        covariance: C of n components, (n, n).
+        noise: standard deviation of white noise added first, C + noise^2, the same in every orthonormal basis.
+
+    Raises:
+        ValueError: if C is not positive definite, as with fewer images than components and no noise.
+    """
+    c = covariance.double() + noise**2 * torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
+    root, failed = torch.linalg.cholesky_ex(c)
+    if failed:
+        raise ValueError(f"covariance of {len(c)} components is not positive definite; add noise or images")
+    return 0.5 * (c.diagonal().log() - 2 * root.diagonal().log()).mean()

@@ -27,9 +27,11 @@ import nbconvert
 import nbformat
 import papermill
 import yaml
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from tqdm import tqdm
 
-from gudlib.notebooks import QUIET, ROOT, parameters_of
+from gudlib.notebooks import NO_WIDGETS, QUIET, ROOT, parameters_of
 
 CELL_TIMEOUT = 6 * 3600  # seconds; a training cell of the gpu profile is the longest that there is
 
@@ -107,6 +109,21 @@ def _typed(hint: str, value: Any) -> Any:
     return value
 
 
+class _Engine(NBClientEngine):
+    """papermill's engine, with settings that it doesn't pass on."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man: NotebookExecutionManager, kernel_name: str, **kwargs: Any) -> None:
+        client = PapermillNotebookClient(
+            nb_man, kernel_name=kernel_name, timeout=CELL_TIMEOUT, coalesce_streams=True, extra_arguments=QUIET
+        )
+        client.widget_registry = NO_WIDGETS
+        client.execute()
+
+
+papermill_engines.register("gudlib", _Engine)
+
+
 def run_job(job: Job) -> Result:
     """Execute a notebook into `job.out`: NAME.ipynb, NAME.html and the record NAME.json, each replaced in one step.
 
@@ -126,11 +143,9 @@ def run_job(job: Job) -> Result:
         "cwd": job.notebook.parent,
         "kernel_name": "python3",
         "language": "python",
+        "engine_name": "gudlib",
         "progress_bar": {"desc": name, "leave": False, **_bar},
         "autosave_cell_every": 10,
-        "coalesce_streams": True,
-        "execution_timeout": CELL_TIMEOUT,
-        "extra_arguments": QUIET,
     }
     try:
         papermill.execute_notebook(job.notebook, partial, dict(job.parameters), **options)
@@ -143,7 +158,7 @@ def run_job(job: Job) -> Result:
     result = Result(name, "failed" if failure else "completed", time.perf_counter() - start, output, failure)
     facts = {"output": output.name, "parameters": dict(job.parameters), "key": key, "python": platform.python_version()}
     facts |= {package: importlib.metadata.version(package) for package in ("torch", "numpy", "gudlib")}
-    facts |= {"commit": _git("rev-parse", "HEAD"), "changed": _git("status", "--porcelain").splitlines()}
+    facts |= {"commit": _git("rev-parse", "HEAD"), "changed": bool(_git("status", "--porcelain"))}
     _replace(record, json.dumps(asdict(result) | facts, indent=2) + "\n")
     return result
 

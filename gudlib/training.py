@@ -98,7 +98,7 @@ def times(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
         Variational Diffusion Models, D. P. Kingma et al., 2021, https://arxiv.org/abs/2107.00630, appendix I
     """
     shift = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
-    return (shift + torch.arange(n, device=generator.device) / n) % 1
+    return (shift + torch.arange(n, dtype=torch.float64, device=generator.device) / n) % 1
 
 
 @torch.no_grad()
@@ -228,8 +228,12 @@ class Trainer:
         self.average.module.load_state_dict(_part(tensors, "average."))
         self.average.n_averaged.fill_(header["step"])
         state: dict[int, dict[str, Tensor]] = {}
+        weights = list(self.plain.parameters())
         for key, value in _part(tensors, "optimizer.").items():
             index, name = key.split(".", 1)
+            like = weights[int(index)]
+            # The fused optimiser reads moments in their weight's memory layout, whatever their own
+            value = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
             state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step = header["step"]

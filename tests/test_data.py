@@ -56,8 +56,8 @@ def nowhere(monkeypatch, tmp_path_factory):
     [
         ("fashion_mnist", "train", "e1427044c614fabc"),
         ("fashion_mnist", "test", "96315b1732ab731e"),
-        ("histology", "train", "8ac0768e1c44bb13"),
-        ("histology", "test", "6024bbe284db188b"),
+        ("histology", "train", "0eb74cbcf5ca2a3e"),
+        ("histology", "test", "342cac4f57abca32"),
     ],
 )
 def test_embedded_sets_are_as_declared(name, split, digest):

@@ -1,0 +1,189 @@
+"""Closed forms, checked against autograd, torch's distributions, quadrature and brute force."""
+
+import pytest
+import torch
+from cases import BASES, COVARIANCE, MEAN, PRIORS, SCHEDULES, SHAPE, D, matrix, moments, randn, times
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+
+from gudlib.exact import Empirical, GaussianMixture, gaussian, gaussian_eps
+from gudlib.process import Process, from_eps, to_eps
+
+
+def mixture(k=3):
+    root = randn(k, D, D, seed=7)
+    covariances = 0.3 * root @ root.mT + 0.05 * torch.eye(D, dtype=torch.float64)
+    return GaussianMixture(2 * randn(k, D, seed=8), covariances, torch.tensor([0.2, 0.5, 1.3][:k], dtype=torch.float64))
+
+
+def noised(b=5):
+    return randn(b, *SHAPE, seed=9), 2 * randn(b, *SHAPE, seed=10)
+
+
+def torch_mixture(model, gamma):
+    """The diffused mixture by torch, for one gamma of (d,)."""
+    alpha, noise = (1 / (1 + gamma.exp())).sqrt(), 1 / (1 + (-gamma).exp())
+    covariances = alpha[:, None] * model.covariances * alpha + noise.diag()
+    return MixtureSameFamily(Categorical(model.weights), MultivariateNormal(alpha * model.means, covariances))
+
+
+def test_mixture_density_is_that_of_torch_at_every_noise_level():
+    model, (chi, gamma) = mixture(), noised()
+    expected = [torch_mixture(model, g.flatten()).log_prob(x.flatten()) for x, g in zip(chi, gamma, strict=True)]
+    torch.testing.assert_close(model.log_prob(chi, gamma), torch.stack(expected))
+    torch.testing.assert_close(
+        model.log_prob(chi, gamma[:1]), torch_mixture(model, gamma[0].flatten()).log_prob(chi.flatten(1))
+    )
+
+
+def test_mixture_density_without_noise_level_is_that_of_the_data():
+    model, (chi, _) = mixture(), noised()
+    data = MixtureSameFamily(Categorical(model.weights), MultivariateNormal(model.means, model.covariances))
+    torch.testing.assert_close(model.log_prob(chi), data.log_prob(chi.flatten(1)))
+
+
+@pytest.mark.parametrize("levels", ["one for all", "each its own"])
+def test_mixture_score_is_the_gradient_of_its_log_density(levels):
+    model, (chi, gamma) = mixture(), noised()
+    gamma = gamma[:1] if levels == "one for all" else gamma
+    chi.requires_grad_()
+    (gradient,) = torch.autograd.grad(model.log_prob(chi, gamma).sum(), chi)
+    torch.testing.assert_close(model.score(chi, gamma), gradient)
+    torch.testing.assert_close(model(chi, gamma), -torch.sigmoid(gamma).sqrt() * gradient)  # eps = -sigma score
+
+
+def test_mixture_prediction_is_the_posterior_mean_by_quadrature():
+    """In one dimension, E[x0 | chi] = int x0 p(x0) p(chi | x0) / int p(x0) p(chi | x0), without any formula of ours."""
+    model = GaussianMixture(
+        torch.tensor([[-1.0], [2.0]], dtype=torch.float64),
+        torch.tensor([[[0.3]], [[0.05]]], dtype=torch.float64),
+        torch.tensor([1.0, 3.0], dtype=torch.float64),
+    )
+    x0 = torch.linspace(-12, 12, 24001, dtype=torch.float64)
+    prior = 0.25 * (-((x0 + 1) ** 2) / 0.6).exp() / 0.3**0.5 + 0.75 * (-((x0 - 2) ** 2) / 0.1).exp() / 0.05**0.5
+    for gamma in (-4.0, 0.0, 2.0):
+        level = torch.full((1, 1, 1, 1), gamma, dtype=torch.float64)
+        noise = torch.sigmoid(level).item()
+        chi = torch.tensor([-1.5, 0.1, 0.8, 3.0], dtype=torch.float64).reshape(4, 1, 1, 1)
+        weight = prior * (-((chi.flatten()[:, None] - (1 - noise) ** 0.5 * x0) ** 2) / (2 * noise)).exp()
+        expected = (weight * x0).sum(1) / weight.sum(1)
+        got = from_eps(model(chi, level), "x0", chi, level).flatten()
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_gaussian_prediction_is_the_regression_on_the_noised_data():
+    mean, covariance, (chi, gamma) = randn(D), COVARIANCE, noised()
+    a, n = torch.sigmoid(-gamma).sqrt().flatten(1), torch.sigmoid(gamma).flatten(1)
+    expected = torch.stack([
+        mean + covariance * a[i] @ torch.linalg.inv(a[i][:, None] * covariance * a[i] + n[i].diag()) @ (y - a[i] * mean)
+        for i, y in enumerate(chi.flatten(1))
+    ])  # fmt: skip
+    got = from_eps(gaussian(mean, covariance)(chi, gamma), "x0", chi, gamma).flatten(1)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("basis", BASES)
+def test_gaussian_score_in_every_basis_prior_and_schedule_is_that_of_the_images(basis, prior, schedule):
+    """Noised images are N(m, K_t) with K_t = A K A^T + U^T S^2 sigma^2 U; their score -K_t^-1 (y - m) is the oracle."""
+    b = BASES[basis]()
+    p = PRIORS[prior](moments(b))
+    process = Process(b, p, SCHEDULES[schedule](p))
+    u, s = matrix(b), p.scale.flatten()
+    model = gaussian(torch.zeros(D, dtype=torch.float64), (u @ COVARIANCE @ u.T) / s / s[:, None])
+    t, images = times(4, 0.05, 0.95), 3 * randn(4, *SHAPE, seed=11)
+    alpha, noise = process.schedule.alpha(t).flatten(1), process.schedule.sigma(t).flatten(1) ** 2
+    eps = model(process.white(images), process.schedule.gamma(t))
+    for i in range(4):
+        shrink = u.T @ (alpha[i] * torch.eye(D, dtype=torch.float64)) @ u
+        total = shrink @ COVARIANCE @ shrink.T + u.T @ (s**2 * noise[i]).diag() @ u
+        score = -torch.linalg.solve(total, images[i].flatten() - MEAN)
+        white_score = s * (u @ score)
+        torch.testing.assert_close(eps[i].flatten(), -noise[i].sqrt() * white_score, rtol=1e-7, atol=1e-8)
+
+
+def test_independent_gaussians_have_the_short_formula():
+    variance, (chi, gamma) = randn(*SHAPE, seed=12).exp(), noised()
+    model = gaussian(torch.zeros(D, dtype=torch.float64), variance.flatten().diag())
+    torch.testing.assert_close(gaussian_eps(chi, gamma, variance), model(chi, gamma), rtol=1e-10, atol=1e-12)
+
+
+def test_covariance_of_every_component_at_a_noise_level():
+    model, (_, gamma) = mixture(), noised()
+    got = model.covariance(gamma)
+    assert got.shape == (3, 5, D, D)
+    for j, g in enumerate(gamma):
+        expected = torch_mixture(model, g.flatten()).component_distribution.covariance_matrix
+        torch.testing.assert_close(got[:, j], expected)
+
+
+def test_mixture_draws_have_its_mean_covariance_and_weights(generator):
+    model, n = mixture(), 40_000
+    draws = model.sample(n, generator)
+    mean = model.weights @ model.means
+    off = model.means - mean
+    covariance = (model.weights[:, None, None] * (model.covariances + off[:, :, None] * off[:, None, :])).sum(0)
+    assert (draws.mean(0) - mean).abs().max() < 4 * (covariance.diagonal().max() / n) ** 0.5
+    assert (draws.T.cov() - covariance).abs().max() < 0.04 * covariance.diagonal().max()
+    assert torch.equal(model.sample(10, generator.manual_seed(3)), model.sample(10, generator.manual_seed(3)))
+
+
+def test_mixtures_that_do_not_fit_are_refused():
+    model = mixture()
+    with pytest.raises(ValueError, match=r"covariances \(3, 6, 6\)"):
+        GaussianMixture(model.means, model.covariances[:2])
+    with pytest.raises(ValueError, match=r"weights \(3,\)"):
+        GaussianMixture(model.means, model.covariances, model.weights[:2])
+    with pytest.raises(ValueError, match="positive"):
+        GaussianMixture(model.means, model.covariances, torch.tensor([1.0, 0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"6 components; got shape \(2, 1, 2, 4\)"):
+        model(randn(2, 1, 2, 4), randn(2, 1, 2, 4))
+
+
+# Finite data
+
+
+def points(n=7):
+    return 2 * randn(n, *SHAPE, seed=13)
+
+
+@pytest.mark.parametrize("levels", ["one for all", "each its own"])
+def test_empirical_weights_are_the_softmax_over_distances(levels):
+    model, (chi, gamma) = Empirical(points()), noised()
+    gamma = gamma[0] if levels == "one for all" else gamma
+    alpha, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+    expected = torch.zeros(5, 7, dtype=torch.float64)
+    for j, point in enumerate(points()):
+        expected[:, j] = -0.5 * ((chi - alpha * point) / sigma).square().sum((1, 2, 3))
+    weights = expected.softmax(1)
+    torch.testing.assert_close(model.weights(chi, gamma), weights, rtol=1e-8, atol=1e-12)
+    x0 = torch.einsum("bn,nchw->bchw", weights, points())
+    torch.testing.assert_close(model(chi, gamma), to_eps(x0, "x0", chi, gamma))
+
+
+def test_empirical_is_the_mixture_of_points_without_extent():
+    (chi, gamma), data = noised(), points()
+    sharp = GaussianMixture(data.flatten(1), 1e-12 * torch.eye(D, dtype=torch.float64).expand(7, D, D))
+    torch.testing.assert_close(Empirical(data)(chi, gamma), sharp(chi, gamma), rtol=1e-6, atol=1e-7)
+
+
+def test_a_single_point_is_always_the_answer():
+    (chi, gamma), point = noised(), points(1)
+    eps = Empirical(point)(chi, gamma)
+    torch.testing.assert_close(from_eps(eps, "x0", chi, gamma), point.expand_as(chi))
+
+
+def test_without_noise_the_nearest_point_wins_and_in_noise_all_count_alike():
+    data = points()
+    chi = data + 0.01 * randn(7, *SHAPE, seed=14)
+    clean, noise = (torch.full((1, *SHAPE), g, dtype=torch.float64) for g in (-25.0, 60.0))
+    torch.testing.assert_close(Empirical(data).weights(chi, clean), torch.eye(7, dtype=torch.float64))
+    torch.testing.assert_close(Empirical(data).weights(chi, noise), torch.full((7, 7), 1 / 7, dtype=torch.float64))
+    torch.testing.assert_close(Empirical(data)(chi, noise), chi)
+
+
+def test_mixture_limits_are_data_and_pure_noise():
+    model, (chi, _) = mixture(), noised()
+    clean, noise = (torch.full((1, *SHAPE), g, dtype=torch.float64) for g in (-40.0, 80.0))
+    torch.testing.assert_close(from_eps(model(chi, clean), "x0", chi, clean), chi, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model(chi, noise), chi)

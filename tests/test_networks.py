@@ -1,0 +1,167 @@
+"""Networks: every conditioning runs, starts at zero, listens to gamma and lets gradients through."""
+
+import json
+
+import pytest
+import torch
+
+from gudlib import bases, networks
+from gudlib.networks import MLP, GammaGroups, UNet
+
+each_conditioning = pytest.mark.parametrize("conditioning", networks.CONDITIONINGS)
+
+
+def unet(shape=(1, 8, 8), conditioning="film", **options):
+    torch.manual_seed(0)
+    groups = bases.groups_by(bases.DCT(shape).label("wavenumber"), 5)
+    return UNet(shape, groups, inputs=2 * shape[0], conditioning=conditioning, **(dict(width=16) | options))
+
+
+def stir(network):
+    """Move every parameter away from its zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in network.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    return network
+
+
+def inputs(shape, b=3, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(b, 2 * shape[0], *shape[1:], generator=generator)
+    return images, 2 * torch.randn(b, *shape, generator=generator)
+
+
+@each_conditioning
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 28, 28), (1, 32, 32), (3, 32, 32)])
+def test_an_untrained_unet_answers_zero_in_the_images_shape(shape, conditioning):
+    images, gamma = inputs(shape, 2)
+    answer = unet(shape, conditioning, width=8)(images, gamma)
+    assert answer.shape == (2, *shape) and (answer == 0).all()
+
+
+@each_conditioning
+@pytest.mark.parametrize("options", [dict(patch=1), dict(multipliers=(1,)), dict(multipliers=(1, 1, 2)), dict(patch=4)])
+def test_other_sizes_run_too(options, conditioning):
+    images, gamma = inputs((1, 16, 16))
+    answer = stir(unet((1, 16, 16), conditioning, **options))(images, gamma)
+    assert answer.shape == (3, 1, 16, 16) and answer.std() > 0
+
+
+@each_conditioning
+def test_a_trained_unet_listens_to_gamma_of_every_group(conditioning):
+    network, (images, gamma) = stir(unet(conditioning=conditioning)), inputs((1, 8, 8))
+    answer = network(images, gamma)
+    for group in range(5):
+        changed = gamma + 2.0 * (network.levels.groups == group)
+        assert (network(images, changed) - answer).abs().mean() > 1e-4
+    assert (network(images + 1, gamma) - answer).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("conditioning", ["film", "attention"])
+def test_only_the_mean_of_gamma_in_a_group_counts(conditioning):
+    network, (images, gamma) = stir(unet(conditioning=conditioning)), inputs((1, 8, 8))
+    groups = network.levels.groups
+    shifted = torch.zeros_like(gamma)
+    for group in range(5):
+        member = groups == group
+        noise = torch.randn(int(member.sum()), generator=torch.Generator().manual_seed(group))
+        shifted[:, member] = noise - noise.mean()
+    torch.testing.assert_close(network(images, gamma + shifted), network(images, gamma), rtol=1e-4, atol=1e-5)
+
+
+def test_a_map_keeps_gammas_place():
+    network, (images, gamma) = stir(unet(conditioning="map", multipliers=(1,))), inputs((1, 8, 8), 1)
+    changed = gamma.clone()
+    changed[..., :2, :2] += gamma[..., :2, :2].flip(-1) + 1  # whatever its group's mean
+    assert (network(images, changed) - network(images, gamma)).abs().mean() > 1e-4
+
+
+@each_conditioning
+def test_images_of_a_batch_do_not_see_one_another(conditioning):
+    network, (images, gamma) = stir(unet(conditioning=conditioning)), inputs((1, 8, 8))
+    together = network(images, gamma)
+    for i in range(3):
+        torch.testing.assert_close(network(images[i : i + 1], gamma[i : i + 1])[0], together[i], rtol=1e-3, atol=1e-4)
+
+
+@each_conditioning
+def test_gradients_reach_every_parameter(conditioning):
+    network, (images, gamma) = stir(unet(conditioning=conditioning)), inputs((1, 8, 8))
+    network(images, gamma).square().sum().backward()
+    silent = [name for name, p in network.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-7]
+    assert silent == []
+
+
+@each_conditioning
+def test_an_untrained_unet_can_learn(conditioning):
+    """The zeros at the start must not block one another."""
+    network, (images, gamma) = unet(conditioning=conditioning), inputs((1, 8, 8))
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    losses = []
+    for _ in range(25):
+        loss = (network(images, gamma) - images[:, :1]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_gamma_groups_hold_means_and_waves_of_them():
+    groups = torch.tensor([[[0, 0, 1], [1, 1, 2]]])
+    gamma = torch.tensor([[[[1.0, 3.0, -6.0], [0.0, 3.0, 5.0]]]])
+    features = GammaGroups(groups)(gamma)
+    assert features.shape == (1, 3, 9)
+    mean = torch.tensor([2.0, -1.0, 5.0])
+    phase = mean[:, None] * 2 * torch.pi / torch.tensor([8.0, 16.0, 32.0, 64.0])
+    expected = torch.cat([mean[:, None] / 10, phase.sin(), phase.cos()], 1)
+    torch.testing.assert_close(features[0], expected)
+
+
+@pytest.mark.parametrize("conditioning", ["film", "attention"])
+def test_levels_beyond_reach_look_alike(conditioning):
+    network, (images, gamma) = stir(unet(conditioning=conditioning)), inputs((1, 8, 8))
+    for end in (-GammaGroups.reach, GammaGroups.reach):
+        gamma[..., :4] = end
+        answer = network(images, gamma)
+        gamma[..., :4] = 3 * end
+        assert torch.equal(network(images, gamma), answer)
+        gamma[..., :4] = 0.9 * end
+        assert not torch.equal(network(images, gamma), answer)
+
+
+def test_mlp_answers_zero_at_first_and_then_listens_to_everything():
+    network, (images, gamma) = MLP((1, 2, 3), inputs=2, width=32, depth=2), inputs((1, 2, 3))
+    assert (network(images, gamma) == 0).all() and network(images, gamma).shape == (3, 1, 2, 3)
+    stir(network)(images, gamma).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in network.parameters())
+    answer = network(images, gamma)
+    for i in range(6):
+        changed = gamma.clone()
+        changed.flatten(1)[:, i] += 1
+        assert (network(images, changed) - answer).abs().max() > 1e-5
+    torch.testing.assert_close(network(images[1:2], gamma[1:2])[0], answer[1])
+
+
+@pytest.mark.parametrize("kind", ["mlp", *networks.CONDITIONINGS])
+def test_a_network_can_be_made_again_from_its_config(kind):
+    network = (
+        MLP((1, 8, 8), inputs=2, width=16, depth=2) if kind == "mlp" else unet(conditioning=kind, multipliers=(1, 1))
+    )
+    groups = None if kind == "mlp" else network.levels.groups
+    again = networks.make(json.loads(json.dumps(network.config)), groups)
+    again.load_state_dict(stir(network).state_dict())
+    assert again.config == network.config and type(again) is type(network)
+    assert torch.equal(again(*inputs((1, 8, 8))), network(*inputs((1, 8, 8))))
+
+
+def test_impossible_networks_are_refused():
+    with pytest.raises(ValueError, match=r"multiples of 8 \(patch 2, 3 resolutions\); got 28 x 28"):
+        unet((1, 28, 28), multipliers=(1, 2, 2))
+    with pytest.raises(ValueError, match="'film', 'attention', 'map'.*got 'concat'"):
+        unet(conditioning="concat")
+    with pytest.raises(ValueError, match="'mlp', or 'unet' with groups; got 'unet', groups False"):
+        networks.make(unet().config)
+    with pytest.raises(ValueError, match="got 'resnet'"):
+        networks.make({"kind": "resnet"}, unet().levels.groups)

@@ -1,0 +1,407 @@
+"""Training: the loss is what it says, and a run that is stopped, or killed, ends as if it had not been."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from gudlib import bases, data, denoiser, networks, priors, schedules, training
+from gudlib.denoiser import Denoiser
+from gudlib.exact import gaussian_eps
+from gudlib.training import Settings, Trainer
+
+SHAPE = (1, 8, 8)
+QUICK = Settings(steps=6, batch=8, warmup=3, save_every=2)
+
+
+def pictures(n=64):
+    """One pattern or its negative, and a little noise: a single bit, far from Gaussian."""
+    generator = torch.Generator().manual_seed(1)
+    pattern = torch.randint(0, 2, SHAPE, generator=generator) * 2 - 1
+    sign = torch.randint(0, 2, (n, 1, 1, 1), generator=generator) * 2 - 1
+    return (128 + 60 * sign * pattern + torch.randint(-20, 20, (n, *SHAPE), generator=generator)).to(torch.uint8)
+
+
+def components(r=0.6, floor=1e-4):
+    values = (pictures().double() + 0.5) / 128 - 1
+    basis = bases.DCT(SHAPE)
+    return basis, priors.interpolated(priors.measure(basis, values, floor), r)
+
+
+def family_of(prior):
+    order, log_variance = prior.order, prior.log_variance
+    return lambda a: schedules.soft_conditioning(order, a, log_variance)
+
+
+def trainer(settings=QUICK, checkpoint=None, kind="unet", images=None, seed=0, **options):
+    torch.manual_seed(seed)
+    basis, prior = components()
+    if kind == "unet":
+        model = denoiser.build(basis, prior, **(dict(groups=4, width=8) | options))
+    else:
+        model = Denoiser(
+            networks.MLP(SHAPE, inputs=2, **(dict(width=32, depth=1) | options)), basis.float(), prior.float()
+        )
+    return Trainer(model, pictures() if images is None else images, family_of(prior), settings, checkpoint)
+
+
+def state(t):
+    tensors = {f"network.{k}": v.clone() for k, v in t.plain.state_dict().items()}
+    tensors |= {f"average.{k}": v.clone() for k, v in t.average.state_dict().items()}
+    for i, s in t.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v.clone() for k, v in s.items()}
+    return tensors
+
+
+def assert_same(one, other):
+    one, other = state(one), state(other)
+    assert one.keys() == other.keys()
+    assert [k for k in one if not torch.equal(one[k], other[k])] == []
+
+
+# Times
+
+
+@pytest.mark.parametrize("n", [1, 7, 64])
+def test_times_are_one_regular_grid_with_a_random_shift(n, generator):
+    t = training.times(n, generator)
+    assert t.dtype == torch.float64 and (t >= 0).all() and (t < 1).all()
+    assert torch.equal((t * n).floor().sort().values, torch.arange(n, dtype=torch.float64))  # one in each n-th
+    torch.testing.assert_close((t * n) % 1, ((t * n) % 1)[:1].expand(n), rtol=0, atol=1e-9)
+    shifts = torch.stack([training.times(n, generator).min() for _ in range(300)]) * n
+    assert abs(shifts.mean().item() - 0.5) < 0.06 and shifts.min() < 0.05 and shifts.max() > 0.95
+
+
+# The loss
+
+
+class Recorder(nn.Module):
+    """Stands in for the denoiser: predicts 100 everywhere, so that errors give the noise away."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.basis, self.prior = model.basis, model.prior
+
+    def forward(self, white_t, gamma):
+        self.white_t, self.gamma = white_t, gamma
+        return torch.full_like(white_t, 100.0)
+
+
+def watched(settings, index=0):
+    """One batch of the loss: (loss, error, chi_t, gamma, softnesses, times, schedule)."""
+    t = trainer(settings, kind="mlp")
+    order, log_variance, seen = components()[1].order, components()[1].log_variance, {}
+
+    def family(a):
+        inner = schedules.soft_conditioning(order, a, log_variance)
+
+        def gamma(time):
+            seen["t"] = time[..., 0, 0, 0]
+            return inner.gamma(time[..., 0, 0, 0])
+
+        seen["a"] = a
+        seen["schedule"] = schedules.Schedule(gamma, SHAPE)
+        return seen["schedule"]
+
+    t.family, t.denoiser = family, Recorder(t.denoiser)
+    loss, error = t.loss(index)
+    return loss, error, t.denoiser.white_t, t.denoiser.gamma, seen["a"], seen["t"], seen["schedule"]
+
+
+def test_the_loss_noises_real_images_to_the_levels_of_their_own_schedules():
+    settings = Settings(batch=64)
+    loss, error, white_t, gamma, a, t, schedule = watched(settings)
+    torch.testing.assert_close(gamma, schedule.gamma(t).float())
+    torch.testing.assert_close(loss, error.mean())
+    eps = 100 - error.sqrt()
+    assert abs(eps.mean()) < 0.05 and abs(eps.std() - 1) < 0.05
+    clean = t < 0.2
+    white = ((white_t - torch.sigmoid(gamma).sqrt() * eps) / torch.sigmoid(-gamma).sqrt())[clean]
+    basis, prior = components()
+    values = 128 * (basis.inverse(prior.unwhiten(white.double())) + 1)
+    known = (values[:, None] - 0.5 - pictures().double()).abs().amax((2, 3, 4)).min(1).values
+    assert clean.sum() >= 5 and known.max() < 0.51  # every one is a picture, dequantised
+
+
+def test_softness_is_uniform_over_its_range_and_unrelated_to_time():
+    *_, a, t, _ = watched(Settings(batch=256, softness=(0.5, 2.5)))
+    assert a.min() >= 0.5 and a.max() < 2.5
+    cells = ((a - 0.5) / 2 * 256).floor().sort().values
+    assert torch.equal(cells, torch.arange(256, dtype=torch.float64))
+    assert abs(torch.corrcoef(torch.stack([a, t]))[0, 1]) < 0.2
+    assert torch.equal((t * 256).floor().sort().values, torch.arange(256, dtype=torch.float64))
+    fixed = watched(Settings(batch=8, softness=(1.0, 1.0)))[4]
+    assert (fixed == 1).all()
+
+
+def test_likelihood_weights_are_the_slopes_of_gamma_over_their_mean():
+    loss, error, _, _, _, t, schedule = watched(Settings(batch=16, weighting="likelihood"))
+    slope = schedule.rate(t).float()
+    assert slope.std() > 0.1
+    torch.testing.assert_close(loss, (slope / slope.mean() * error).mean(), rtol=1e-5, atol=0)
+    plain = watched(Settings(batch=16))
+    assert torch.equal(plain[1], error) and not torch.equal(plain[0], loss)
+
+
+def test_every_step_and_seed_has_its_own_batch_and_always_the_same():
+    t = trainer(kind="mlp")
+    first, again, next_ = (t.loss(i)[1] for i in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, next_)
+    assert not torch.equal(trainer(replace(QUICK, seed=1), kind="mlp").loss(0)[1], first)
+
+
+def test_the_untrained_loss_is_the_closed_form():
+    """A linear prediction errs by E (eps - eps_hat)^2 = alpha^2 c / v for data of variance c, Gaussian or not."""
+    t = trainer(Settings(batch=512), kind="mlp")
+    c = t.denoiser.prior.white_variance
+    found, expected = [], []
+    for index in range(20):
+        seen = {}
+        t.family = lambda a, s=seen: s.setdefault("schedule", family_of(components()[1])(a))
+        error = t.loss(index)[1]
+        found.append(error.mean(0))
+        generator = torch.Generator().manual_seed(index)
+        torch.randint(64, (512,), generator=generator)
+        gamma = seen["schedule"].gamma(training.times(512, generator))
+        signal = torch.sigmoid(-gamma)
+        expected.append((signal * c / (signal * c + 1 - signal)).mean(0).float())
+    found, expected = torch.stack(found).mean(0), torch.stack(expected).mean(0)
+    assert abs(found.mean() / expected.mean() - 1) < 0.01
+    torch.testing.assert_close(found, expected, rtol=0.12, atol=0.01)
+
+
+def test_held_out_error_of_the_gaussian_answer_is_the_closed_form(generator):
+    basis, prior = components()
+    white = torch.randn(20_000, *SHAPE, generator=generator, dtype=torch.float64) * prior.white_variance.sqrt()
+    schedule, c = family_of(prior)(1.0), prior.white_variance
+    calls = []
+
+    def exact(x, gamma):
+        calls.append(len(x))
+        return gaussian_eps(x, gamma, c)
+
+    error = training.evaluate(exact, white, schedule, generator, chunk=3000)
+    assert calls == [3000] * 6 + [2000] and error.shape == SHAPE
+    signal = schedule.alpha(torch.linspace(0, 1, 4001, dtype=torch.float64)) ** 2
+    expected = (signal * c / (signal * c + 1 - signal)).mean(0)
+    torch.testing.assert_close(error, expected, rtol=0.06, atol=1e-3)
+    same = [training.evaluate(exact, white[:50], schedule, generator.manual_seed(4)) for _ in range(2)]
+    assert torch.equal(*same)
+
+
+# Steps
+
+
+def test_records_tell_step_loss_and_rate_on_their_schedule():
+    settings = Settings(steps=8, batch=8, warmup=4, rate=1e-2)
+    t = trainer(settings)
+    untouched = t.loss(0)[0].item()
+    records = list(t.run())
+    assert [r.step for r in records] == list(range(1, 9)) and records[0].loss == pytest.approx(untouched)
+    expected = [1e-2 * min(1, (n + 1) / 4) * (1 + math.cos(math.pi * n / 8)) / 2 for n in range(8)]
+    assert [r.rate for r in records] == pytest.approx(expected)
+    assert all(r.seconds > 0 for r in records) and list(t.run()) == []
+
+
+def test_the_optimiser_runs_at_the_rate_of_the_record():
+    t = trainer(replace(QUICK, rate=1e-3))
+    for record in t.run():
+        assert t.optimizer.param_groups[0]["lr"] == record.rate
+
+
+def test_group_errors_add_up_to_the_loss():
+    t = trainer()
+    record = next(t.run())
+    sizes = t.plain.levels.groups.flatten().bincount().double()
+    assert record.by_group.shape == (4,)
+    assert (sizes * record.by_group).sum().item() / 64 == pytest.approx(record.loss, rel=1e-5)
+    by_component = next(trainer(kind="mlp").run()).by_group
+    assert by_component.shape == (64,)
+    error = trainer(kind="mlp").loss(0)[1].mean(0)
+    torch.testing.assert_close(by_component, error.flatten().detach())
+
+
+def test_gradients_are_clipped():
+    t = trainer(replace(QUICK, clip=1e-3))
+    next(t.run())
+    norm = torch.stack([p.grad.norm() for p in t.plain.parameters() if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("ema", [0.999, 0.15])
+def test_the_average_follows_its_formula(ema):
+    t = trainer(replace(QUICK, ema=ema, rate=1e-2))
+    expected = None
+    for record in t.run():
+        now = [p.detach().clone() for p in t.plain.parameters()]
+        n = record.step - 1
+        decay = min(ema, (1 + n) / (10 + n))
+        expected = now if n == 0 else [decay * e + (1 - decay) * p for e, p in zip(expected, now, strict=True)]
+    for e, p in zip(expected, t.averaged().network.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), e)
+    moved = [(p - q).abs().max() for p, q in zip(t.plain.parameters(), t.averaged().network.parameters(), strict=True)]
+    assert max(moved) > 1e-4 and not t.averaged().training
+
+
+def test_training_learns_what_is_not_gaussian():
+    t = trainer(Settings(steps=120, batch=64, warmup=10, rate=1e-2), kind="mlp", width=64)
+    with torch.no_grad():
+        before = sum(t.loss(10_000 + i)[0].item() for i in range(10))
+        list(torch.enable_grad()(lambda: list(t.run()))())
+        after = sum(t.loss(10_000 + i)[0].item() for i in range(10))
+    assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("weighting", training.WEIGHTINGS)
+@pytest.mark.parametrize("conditioning", networks.CONDITIONINGS)
+def test_every_network_trains_under_either_weighting(conditioning, weighting):
+    t = trainer(replace(QUICK, steps=2, weighting=weighting), conditioning=conditioning)
+    before = [p.detach().clone() for p in t.plain.parameters()]
+    assert all(math.isfinite(r.loss) for r in t.run())
+    assert any(not torch.equal(p, q) for p, q in zip(before, t.plain.parameters(), strict=True))
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("kind", ["unet", "mlp"])
+@pytest.mark.parametrize("stop", [3, 4])
+def test_a_stopped_run_goes_on_bit_for_bit_as_if_it_had_not_been(kind, stop, tmp_path):
+    whole = trainer(kind=kind)
+    losses = [r.loss for r in whole.run()]
+    for record in trainer(kind=kind, checkpoint=tmp_path / "c").run():
+        if record.step == stop:
+            break
+    again = trainer(kind=kind, checkpoint=tmp_path / "c", seed=5)  # its fresh weights must not matter
+    resumed = again.step
+    assert resumed == stop // 2 * 2  # the last save
+    assert [r.loss for r in again.run()] == losses[resumed:]
+    assert_same(again, whole)
+
+
+def test_a_finished_run_is_restored_and_does_nothing_more(tmp_path):
+    settings = replace(QUICK, steps=5)  # not a multiple of save_every
+    first = trainer(settings, tmp_path / "c")
+    list(first.run())
+    second = trainer(settings, tmp_path / "c", seed=5)
+    assert second.step == 5 and list(second.run()) == []
+    assert_same(first, second)
+
+
+def test_without_a_checkpoint_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    list(trainer(kind="mlp").run())
+    assert list(tmp_path.iterdir()) == []
+
+
+OTHERS = {
+    "settings": lambda c: trainer(replace(QUICK, rate=1e-5), c),
+    "settings ": lambda c: trainer(replace(QUICK, softness=(0.4, 1.5)), c),
+    "images": lambda c: trainer(QUICK, c, images=pictures(32)),
+    "network": lambda c: trainer(QUICK, c, width=16),
+    "network ": lambda c: trainer(QUICK, c, kind="mlp"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(name, tmp_path):
+    file = tmp_path / "c.safetensors"
+    trainer(QUICK, file).save(file)
+    with pytest.raises(
+        ValueError, match=rf"c.safetensors belongs to another run, which had {name.strip()} = "
+    ) as error:
+        OTHERS[name](file)
+    assert "Remove it or give another file" in str(error.value)
+
+
+def test_a_checkpoint_for_another_basis_is_refused(tmp_path):
+    file = tmp_path / "c"
+    first = trainer(QUICK, file)
+    first.save(file)
+    prior = components()[1]
+    torch.manual_seed(0)
+    other = denoiser.build(bases.Haar(SHAPE, 2), prior, groups=4, width=8)
+    with pytest.raises(ValueError, match="had basis = {'name': 'dct'}"):
+        Trainer(other, pictures(), family_of(prior), QUICK, file)
+
+
+def test_a_broken_checkpoint_is_named(tmp_path):
+    file = tmp_path / "c.safetensors"
+    trainer(QUICK, file).save(file)
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="c.safetensors is not a complete"):
+        trainer(QUICK, file)
+
+
+KILLED_WHILE_TRAINING = """
+import os, random, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_training as here
+
+here.torch.set_num_threads(1)
+file = Path(sys.argv[1]) / "checkpoint"
+settings = replace(here.QUICK, steps=60, save_every=1)
+whole = here.trainer(settings, None, "mlp")  # also imports what all need, before the forks
+random.seed(0)
+before = None
+for attempt in range(5):
+    child = os.fork()
+    if child == 0:
+        list(here.trainer(settings, file, "mlp", seed=attempt).run())
+        os._exit(0)
+    while not file.exists() or file.stat().st_mtime_ns == before:  # it has begun
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, 0.04))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "it had finished"
+    before = file.stat().st_mtime_ns
+last = here.trainer(settings, file, "mlp", seed=9)
+print("resumed at", last.step)
+list(last.run())
+list(whole.run())
+here.assert_same(last, whole)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
+    command = [sys.executable, "-c", KILLED_WHILE_TRAINING, str(tmp_path), os.path.dirname(__file__)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert 5 <= int(done.stdout.split()[-1]) < 60
+
+
+# Errors
+
+
+def test_images_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"uint8 of shape \(n, 1, 8, 8\); got torch.float32"):
+        trainer(images=pictures().float())
+    with pytest.raises(ValueError, match=r"\(n, 1, 8, 8\); got torch.uint8 of shape \(64, 1, 8, 4\)"):
+        trainer(images=pictures()[..., :4])
+
+
+def test_settings_that_make_no_sense_are_refused():
+    for name in ("steps", "batch", "save_every"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
+            Settings(**{name: 0})
+    with pytest.raises(ValueError, match=r"lowest, highest\); got \(2, 1\)"):
+        Settings(softness=(2, 1))
+    with pytest.raises(ValueError, match="'plain', 'likelihood'.; got 'snr'"):
+        Settings(weighting="snr")
+
+
+def test_uint8_images_are_dequantised_with_fresh_noise_each_time(generator):
+    x = pictures(4)
+    one, two = data.dequantise(x, generator), data.dequantise(x, generator)
+    assert not torch.equal(one, two)
+    assert torch.equal(data.to_uint8(one), x) and torch.equal(data.to_uint8(two), x)
