@@ -1,4 +1,4 @@
-r"""Orthonormal bases: the first of the three choices, `chi = U phi` (Gerdes, Welling and Cheng 2024, section 3).
+r"""Orthonormal bases: the first of the three choices, `chi = U phi` (Gerdes, Welling and Cheng 2024).
 
 A basis is a real orthonormal map between images `phi` and components `chi`, both of shape (batch, channel, height,
 width). It has no parameters to learn and no scale: length, volume and white noise look the same on both sides,
@@ -166,7 +166,7 @@ class PCA(Basis):
             ValueError: if there are fewer than two images.
         """
         if images.ndim != 4 or images.shape[0] < 2:
-            raise ValueError(f"images must be at least two of shape (channel, height, width); got {tuple(images.shape)}")
+            raise ValueError(f"images must be at least two, (batch, channel, height, width); got {tuple(images.shape)}")
         b, c, h, w = images.shape
         x = images.double().reshape((b, c, h * w) if per_channel else (b, 1, c * h * w)).transpose(0, 1)
         x = x - x.mean(dim=1, keepdim=True)
@@ -269,7 +269,7 @@ class Haar(Basis):
         levels: how often averages are split again, at least 1.
 
     Labels: `level` (0 = averages, 1 = coarsest detail, `levels` = finest), `orientation` (0 average, 1 difference
-    along the columns, 2 along the rows, 3 both), `row`, `column` (centre of the component's support, pixels), `channel`.
+    along the columns, 2 along the rows, 3 both), `row`, `column` (centre of the support, in pixels), `channel`.
 
     Raises:
         ValueError: if there are more levels than the image can be split.
@@ -285,7 +285,7 @@ class Haar(Basis):
         super().__init__(shape)
         most = (max(self.shape[1:]) - 1).bit_length()
         if not 1 <= levels <= max(most, 1):
-            raise ValueError(f"levels must lie between 1 and {max(most, 1)} for images of shape {self.shape}; got {levels}")
+            raise ValueError(f"levels must lie between 1 and {max(most, 1)} for shape {self.shape}; got {levels}")
         self.levels = levels
         for axis, size in (("h", self.shape[1]), ("w", self.shape[2])):
             weight = torch.ones(size, dtype=torch.float64)

@@ -30,7 +30,6 @@ from gudlib import bases, networks
 from gudlib.exact import gaussian_eps
 from gudlib.priors import Moments, Prior
 from gudlib.process import Batch, Gamma
-from gudlib.schedules import alpha
 
 
 class Denoiser(nn.Module):
@@ -73,7 +72,7 @@ def build(
     """
     along = prior.order.cpu() if label is None else basis.label(label)
     unet = networks.UNet(basis.shape, bases.groups_by(along, groups), inputs=2 * basis.shape[0], **network)
-    return Denoiser(unet.to(memory_format=torch.channels_last), basis.float(), prior.float())
+    return Denoiser(unet, basis.float(), prior.float())
 
 
 def save(denoiser: Denoiser, path: str | Path, half: bool = False, card: dict[str, Any] | None = None) -> None:
@@ -96,7 +95,7 @@ def load(path: str | Path) -> Denoiser:
     Raises:
         ValueError: if the file is not a complete checkpoint; the message names it.
     """
-    tensors, header = read_tensors(path)
+    tensors, header = _read_saved(path)
     shape = tuple(header["shape"])
     if header["basis"]["name"] == "pca":
         basis: bases.Basis = bases.PCA(tensors["basis.matrix"], shape, tensors["basis.eigenvalues"])
@@ -106,7 +105,7 @@ def load(path: str | Path) -> Denoiser:
         Moments(tensors["prior.mean"], tensors["prior.variance"], header["floor"]), tensors["prior.scale"]
     )
     network = networks.make(header["network"], tensors.get("network.levels.groups"))
-    denoiser = Denoiser(network.to(memory_format=torch.channels_last), basis, prior)
+    denoiser = Denoiser(network, basis, prior)
     denoiser.load_state_dict(tensors)
     return denoiser.eval()
 
@@ -117,7 +116,14 @@ def card(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not a complete checkpoint.
     """
-    return read_tensors(path)[1]["card"]
+    return _read_saved(path)[1]["card"]
+
+
+def _read_saved(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, header = read_tensors(path)
+    if "card" not in header:
+        raise ValueError(f"{path} is the state of a training run: resume it with a Trainer, and `save` its denoiser")
+    return tensors, header
 
 
 def describe(denoiser: Denoiser) -> dict[str, Any]:

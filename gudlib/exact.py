@@ -125,6 +125,6 @@ class Empirical:
 
 
 def gaussian_eps(white_t: Batch, gamma: Gamma, white_variance: Float[Tensor, "c h w"]) -> Batch:
-    """E[eps | chi_t] for independent Gaussian components of mean 0 and variance c: sigma chi_t / (alpha^2 c + sigma^2)."""
+    """E[eps | chi_t] for independent N(0, c): sigma chi_t / (alpha^2 c + sigma^2)."""
     noise = torch.sigmoid(gamma)
     return noise.sqrt() * white_t / (torch.sigmoid(-gamma) * white_variance + noise)

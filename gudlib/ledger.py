@@ -1,6 +1,6 @@
 """Claims: what a notebook asserts, as a number with the range in which it counts as true, kept for the ledger.
 
-A claim cell prints PASS or FAIL and adds a row to `runs/claims/NOTEBOOK.json` (`$GUDLIB_RESULTS/claims/` if that is set).
+A claim cell prints PASS or FAIL and adds a row to `runs/claims/NOTEBOOK.json` (under `$GUDLIB_RESULTS` if set).
 """
 
 import json

@@ -1,6 +1,7 @@
 """The house style, and the figures that several notebooks share. Functions draw arrays and return axes.
 
-One palette, distinguishable without colour: lines also differ in dash and darkness (`LINES`), maps run from dark to light.
+One palette, distinguishable without colour: lines also differ in dash and darkness (`LINES`), maps run from dark to
+light.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
+from cycler import cycler
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
@@ -36,7 +38,7 @@ def use_style() -> None:
             "savefig.bbox": "tight",
             "axes.spines.top": False,
             "axes.spines.right": False,
-            "axes.prop_cycle": plt.cycler(color=COLOURS) + plt.cycler(linestyle=DASHES),
+            "axes.prop_cycle": cycler(color=COLOURS) + cycler(linestyle=DASHES),
             "axes.titlesize": "medium",
             "axes.labelsize": "medium",
             "legend.frameon": False,

@@ -1,4 +1,4 @@
-r"""Priors: the second choice, what data flow to (Gerdes, Welling and Cheng 2024, section 3).
+r"""Priors: the second choice, what data flow to (Gerdes, Welling and Cheng 2024).
 
 A prior is a normal distribution with one scale for each component, `chi ~ N(m, diag S^2)`. Diffusion is written in the
 *white* components in which the prior is standard,
@@ -39,7 +39,8 @@ class Moments:
         if not 0 < self.floor < 1:
             raise ValueError(f"floor must lie between 0 and 1, as a share of the largest variance; got {self.floor}")
         if self.mean.shape != self.variance.shape:
-            raise ValueError(f"mean and variance differ in shape: {tuple(self.mean.shape)}, {tuple(self.variance.shape)}")
+            shapes = tuple(self.mean.shape), tuple(self.variance.shape)
+            raise ValueError(f"mean and variance must have one shape; got {shapes}")
 
     @property
     def floored(self) -> PerComponent:

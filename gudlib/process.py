@@ -1,4 +1,4 @@
-r"""Basis, prior and schedule together: the diffusion process (Gerdes, Welling and Cheng 2024, section 3).
+r"""Basis, prior and schedule together: the diffusion process (Gerdes, Welling and Cheng 2024).
 
 One point has four names, each a tensor of shape (batch, channel, height, width):
 
@@ -8,8 +8,8 @@ Diffusion happens in `white`, independently in every component,
 
     d chi_i = -1/2 beta_i chi_i dt + sqrt(beta_i) dW_i;
 
-networks look at `white_data`, which is an image again. A *model* is any function `(white_t, gamma) -> eps_hat`: a network,
-or a closed form of `gudlib.exact`. It gets the vector gamma, never t nor the schedule.
+networks look at `white_data`, which is an image again. A *model* is any function `(white_t, gamma) -> eps_hat`: a
+network, or a closed form of `gudlib.exact`. It gets the vector gamma, never t nor the schedule.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 r"""Samplers: walk a process backwards, from t = 1 to t = 0, with any model `(white_t, gamma) -> eps_hat`.
 
-A method is one update from t to s < t, for all components at once and each with its own noise levels. It returns the mean
-and the standard deviation of the next state; the driver draws. With r = exp(gamma_s - gamma_t) <= 1:
+A method is one update from t to s < t, for all components at once and each with its own noise levels. It returns the
+mean and the standard deviation of the next state; the driver draws. With r = exp(gamma_s - gamma_t) <= 1:
 
     ancestral       mean = (alpha_s / alpha_t) [chi_t - sigma_t (1 - r) eps],   variance = sigma_s^2 (1 - r)
     ddim            mean = alpha_s x0 + sigma_s eps,                            variance = 0
@@ -120,8 +120,8 @@ def sample(
 ) -> Samples:
     """Draw `n` samples by `steps` equal steps of t from the prior to the data.
 
-    The state is float64 throughout, whatever the model computes in. A schedule with a batch of its own (one softness for
-    each image) must have batch shape (n,).
+    The state is float64 throughout, whatever the model computes in. A schedule with a batch of its own (one softness
+    for each image) must have batch shape (n,).
 
     Arguments:
         model: `(white_t, gamma) -> eps_hat`.

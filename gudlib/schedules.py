@@ -1,4 +1,4 @@
-r"""Noise schedules: the third choice, one for every component (Gerdes, Welling and Cheng 2024, sections 3 and 4).
+r"""Noise schedules: the third choice, one for every component (Gerdes, Welling and Cheng 2024).
 
 Each white component `i` has its own variance-preserving process on `t` in [0, 1], from data (0) to noise (1),
 
@@ -58,12 +58,14 @@ class Schedule:
                 raise ValueError(f"gamma must be finite at both ends; at t = {t} it is not: clip it")
         if bool((end < start).any()):
             raise ValueError("gamma must not fall from t = 0 (data) to t = 1 (noise)")
+        misfit = f"gamma has shape {tuple(start.shape)}, which does not fit components {self.shape}"
         try:
-            self.batch = torch.broadcast_shapes(start.shape, self.shape)[:-3]
+            whole = torch.broadcast_shapes(start.shape, self.shape)
         except RuntimeError:
-            raise ValueError(f"gamma has shape {tuple(start.shape)}, which does not fit components {self.shape}") from None
-        if torch.broadcast_shapes(start.shape, self.shape)[-3:] != self.shape:
-            raise ValueError(f"gamma has shape {tuple(start.shape)}, which does not fit components {self.shape}")
+            raise ValueError(misfit) from None
+        if whole[-3:] != self.shape:
+            raise ValueError(misfit)
+        self.batch = whole[:-3]
 
     def gamma(self, t: Time) -> Float[Tensor, "*t c h w"]:
         """gamma_i(t), always of shape t.shape + shape (t broadcast against the schedule's own batch, if it has one)."""
@@ -122,9 +124,9 @@ def vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float
 def cosine(shape: Shape, low: float = -10.0, high: float = 10.0, offset: float = 0.008) -> Schedule:
     """The cosine schedule of improved DDPM, alpha^2 = f(t) / f(0), f = cos^2(pi/2 (t + offset) / (1 + offset)).
 
-    It diverges at both ends, so time is confined to where low <= gamma <= high. The published discretisation spans -10.1
-    to 12.9 with a last step at 19.8; small networks do not survive ends that far out, whose first step multiplies
-    their errors by hundreds.
+    It diverges at both ends, so time is confined to where low <= gamma <= high. The published discretisation spans
+    -10.1 to 12.9 with a last step at 19.8; small networks do not survive ends that far out, whose first step
+    multiplies their errors by hundreds.
 
     References:
         Improved Denoising Diffusion Probabilistic Models, A. Nichol, P. Dhariwal, 2021,
@@ -154,7 +156,7 @@ def soft_conditioning(
     noise: float = 5.0,
     caps: tuple[float, float] | None = None,
 ) -> Schedule:
-    r"""The paper's soft-conditioning schedule (section 4): one slope for all, offsets along an ordering `l`.
+    r"""The paper's soft-conditioning schedule: one slope for all, offsets along an ordering `l`.
 
         gamma_i(t) = denoise + log Var_i + a (l_i - l_max) + t [noise - denoise + a (l_max - l_min)]
 
@@ -179,8 +181,8 @@ def soft_conditioning(
 
     def gamma(t: Tensor) -> Tensor:
         soft = a.to(t)[..., None, None, None] if isinstance(a, Tensor) else a
-        offset = soft * (order - high).to(t) + (log_variance.to(t) if isinstance(log_variance, Tensor) else log_variance)
-        value = denoise + offset + t * (noise - denoise + soft * (high - low).to(t))
+        shift = log_variance.to(t) if isinstance(log_variance, Tensor) else log_variance
+        value = denoise + shift + soft * (order - high).to(t) + t * (noise - denoise + soft * (high - low).to(t))
         return value if caps is None else value.clamp(*caps)
 
     return Schedule(gamma, (order.shape[0], order.shape[1], order.shape[2]))
@@ -204,7 +206,7 @@ def sequential(
     Several orderings nest: within the share of time that the first gives a component, the second decides, and so on:
     `sequential([level, column], [0.4, 0.3])` runs columns inside wavelet levels.
 
-    The paper uses column schedules of softness 0.3 and 0.5 without stating the formula; this definition is ours.
+    The paper (section 5.2) uses column schedules of softness 0.3 and 0.5; we don't know its formula, this one is ours.
 
     Arguments:
         order: (c, h, w), or several of one shape; higher = noised earlier, generated later.

@@ -1,11 +1,11 @@
-r"""Training: denoising regression along a family of schedules (Gerdes, Welling and Cheng 2024, sections 3 and 5).
+r"""Training: denoising regression along a family of schedules (Gerdes, Welling and Cheng 2024, section 5.1).
 
 For images, times t and softnesses a drawn at random, with gamma = gamma_a(t) the vector of all noise levels,
 
     loss = E sum_i w_i (eps_i - eps_hat_i(chi_t, gamma))^2 / D,
 
-where w = 1 is the plain loss and w_i = gamma_i' / mean(gamma') the likelihood's (its integral bounds -log p). One network
-trained over a range of `a` can be sampled along any schedule of the range.
+where w = 1 is the plain loss and w_i = gamma_i' / mean(gamma') the likelihood's (its integral bounds -log p). One
+network trained over a range of `a` can be sampled along any schedule of the range.
 
 Every random number of step n comes from (seed, n) alone, so a run that is stopped and resumed is, on a CPU, bit for bit
 the run that was not.
@@ -14,7 +14,7 @@ the run that was not.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,9 +255,10 @@ class Trainer:
             by_group = by_group @ self.plain.levels.pool
         return loss.item(), by_group.cpu(), rate
 
-    def _average(self, averages: list[Tensor], weights: list[Tensor], n: Tensor) -> None:
+    def _average(self, averages: Sequence[Tensor], weights: Sequence[Tensor], n: Tensor | int) -> None:
         decay = min(self.settings.ema, (1 + int(n)) / (10 + int(n)))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight, 1 - decay)
 
     def _header(self) -> dict[str, Any]:
         return {"settings": asdict(self.settings), "images": list(self.images.shape), **self._described}
