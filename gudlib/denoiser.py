@@ -14,16 +14,15 @@ References:
     https://arxiv.org/abs/2206.00364, section 5
 """
 
-import contextlib
+import copy
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gudlib import bases, networks
@@ -59,10 +58,8 @@ class Denoiser(nn.Module):
         return gaussian_eps(white_t, gamma, c) + (signal * c / v).sqrt() * self.basis(answer).to(white_t)
 
 
-def build(
-    basis: bases.Basis, prior: Prior, groups: int = 16, label: str | None = None, **network: Any
-) -> Denoiser:
-    """A denoiser with a fresh U-Net for a basis and a prior, in float32.
+def build(basis: bases.Basis, prior: Prior, groups: int = 16, label: str | None = None, **network: Any) -> Denoiser:
+    """A denoiser with a fresh U-Net for a basis and a prior, which it copies as float32.
 
     Arguments:
         basis, prior: the components.
@@ -72,7 +69,7 @@ def build(
     """
     along = prior.order.cpu() if label is None else basis.label(label)
     unet = networks.UNet(basis.shape, bases.groups_by(along, groups), inputs=2 * basis.shape[0], **network)
-    return Denoiser(unet, basis.float(), prior.float())
+    return Denoiser(unet, copy.deepcopy(basis).float(), copy.deepcopy(prior).float())
 
 
 def save(denoiser: Denoiser, path: str | Path, half: bool = False, card: dict[str, Any] | None = None) -> None:
@@ -140,9 +137,13 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str
     """Write named tensors and a JSON header as one safetensors file, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as partial:
-        whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        save_file(whole, partial, metadata={"header": json.dumps(header)})
+    whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    draft = path.with_name(f".{path.name}.tmp")
+    with open(draft, "wb") as file:
+        file.write(safetensors.torch.save(whole, {"header": json.dumps(header)}))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -161,15 +162,3 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a complete gudlib checkpoint: {error}") from error
 
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[str]:
-    """A temporary name beside `path` that takes its place when the block succeeds, and vanishes when it does not."""
-    partial = f"{path.with_name('.' + path.name)}.{os.getpid()}.tmp"
-    try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ the next time: two refreshes write the same bytes, so a diff shows what really c
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+PICTURE = NOTEBOOKS / "figures" / "overview.png"
 # Of the kernels in refresh and test alike: one thread gives the same digits again, bars would be stored as text.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "TQDM_DISABLE": "1"}
 CELL_TIMEOUT = 600  # seconds
@@ -110,6 +112,16 @@ def refresh(notebook: Path) -> None:
     draft = notebook.with_suffix(".tmp")
     nbformat.write(settled(content), draft)
     os.replace(draft, notebook)
+    for picture in pictures(content):
+        PICTURE.parent.mkdir(exist_ok=True)
+        PICTURE.write_bytes(picture)
+
+
+def pictures(content: NotebookNode) -> list[bytes]:
+    """The PNG that the cell tagged `picture` shows, for the README; no more than one notebook has such a cell."""
+    tagged = [cell for cell in content.cells if "picture" in cell.metadata.get("tags", ())]
+    shown = [o.data["image/png"] for cell in tagged for o in cell.outputs if "image/png" in o.get("data", ())]
+    return [base64.b64decode(data) for data in shown]
 
 
 def settled(content: NotebookNode) -> NotebookNode:

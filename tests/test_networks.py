@@ -91,6 +91,8 @@ def test_gradients_reach_every_parameter(conditioning):
     network(images, gamma).square().sum().backward()
     silent = [name for name, p in network.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-7]
     assert silent == []
+    # scale and shift are two halves of one layer
+    assert all((p.grad != 0).all() for name, p in network.named_parameters() if name.endswith("film.bias"))
 
 
 @each_conditioning
@@ -161,7 +163,7 @@ def test_impossible_networks_are_refused():
         unet((1, 28, 28), multipliers=(1, 2, 2))
     with pytest.raises(ValueError, match="'film', 'attention', 'map'.*got 'concat'"):
         unet(conditioning="concat")
-    with pytest.raises(ValueError, match="'mlp', or 'unet' with groups; got 'unet', groups False"):
+    with pytest.raises(ValueError, match="'mlp', or 'unet' with groups; got 'unet' without groups"):
         networks.make(unet().config)
     with pytest.raises(ValueError, match="got 'resnet'"):
         networks.make({"kind": "resnet"}, unet().levels.groups)

@@ -103,6 +103,11 @@ def test_readme_and_makefile_agree():
         assert (ROOT / path).exists(), path
 
 
+def test_the_readmes_picture_is_a_notebooks_figure():
+    shown = [picture for path in notebooks.book() for picture in notebooks.pictures(nbformat.read(path, 4))]
+    assert shown == [notebooks.PICTURE.read_bytes()]
+
+
 @pytest.mark.parametrize("path", notebooks.book(), ids=lambda path: path.stem)
 def test_notebook_is_clean(path):
     content = nbformat.read(path, 4)

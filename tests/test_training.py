@@ -330,6 +330,16 @@ def test_a_checkpoint_for_another_basis_is_refused(tmp_path):
         Trainer(other, pictures(), family_of(prior), QUICK, file)
 
 
+def test_a_training_state_is_not_taken_for_a_denoiser(tmp_path):
+    t = trainer(QUICK, tmp_path / "c.safetensors")
+    t.save(tmp_path / "c.safetensors")
+    for read in (denoiser.load, denoiser.card):
+        with pytest.raises(ValueError, match="c.safetensors is the state of a training run"):
+            read(tmp_path / "c.safetensors")
+    denoiser.save(t.averaged(), tmp_path / "d.safetensors")
+    denoiser.load(tmp_path / "d.safetensors")
+
+
 def test_a_broken_checkpoint_is_named(tmp_path):
     file = tmp_path / "c.safetensors"
     trainer(QUICK, file).save(file)
