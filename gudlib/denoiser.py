@@ -139,11 +139,14 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     draft = path.with_name(f".{path.name}.tmp")
-    with open(draft, "wb") as file:
-        file.write(safetensors.torch.save(whole, {"header": json.dumps(header)}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with open(draft, "wb") as file:
+            file.write(safetensors.torch.save(whole, {"header": json.dumps(header)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

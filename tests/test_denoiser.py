@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -214,11 +213,10 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
     denoiser.save(model, file)
     before = file.read_bytes()
 
-    def full_disk(tensors, path, metadata):
-        Path(path).write_bytes(b"half a file")
+    def full_disk(descriptor):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(denoiser, "save_file", full_disk)
+    monkeypatch.setattr(denoiser.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         denoiser.save(model, file)
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]

@@ -65,7 +65,8 @@ def test_failures_are_kept_and_named_and_the_others_still_run(outcomes):
     assert failed[1].endswith("cell [3] `import sys`: SystemExit: 0")
     assert failed[2].endswith("cell [3] `import os`: Kernel died")
     assert "after" not in str([cell.get("outputs") for cell in nbformat.read(folder / "out/raises.ipynb", 4).cells])
-    assert "Traceback" not in done.stderr and not list((folder / "out").glob("*.partial.*"))
+    assert 'gudlib/runs.py", line' not in done.stderr  # no traceback of ours; a dying kernel may leave its own
+    assert not list((folder / "out").glob("*.partial.*"))
 
 
 def test_results_lie_in_the_output_folder_with_a_record(outcomes):
