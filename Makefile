@@ -14,7 +14,7 @@ test: venv
 	    tests gudlib notebooks
 
 lab: venv
-	@$(BIN)/python -m jupyterlab notebooks/00_start_here.ipynb
+	@$(BIN)/python -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
 lint: venv
 	@$(BIN)/ruff check .

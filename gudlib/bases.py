@@ -88,6 +88,8 @@ class Basis(nn.Module, ABC):
     def _checked(self, x: Tensor, what: str) -> Tensor:
         if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"{what} must have shape (batch, {', '.join(map(str, self.shape))}); got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{what} must be floating point (data.dequantise or data.scale); got {x.dtype}")
         return x
 
     def _grid(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,14 +37,21 @@ class Denoiser(nn.Module):
     The network gets two images: `chi_t / sqrt(v)` in `white_data`, and the Gaussian's guess of the clean data, without
     the mean, in data units. It runs in float32 (or under autocast); everything else keeps the dtype of `white_t`.
 
+    A denoiser belongs to its basis and prior: sample it along processes made of `denoiser.basis` and `denoiser.prior`.
+
     Arguments:
         network: as in `gudlib.networks`, with 2 c input channels.
         basis: U.
         prior: S, and the variance c of the white data.
+
+    Raises:
+        ValueError: if basis and prior differ in shape.
     """
 
     def __init__(self, network: nn.Module, basis: bases.Basis, prior: Prior) -> None:
         super().__init__()
+        if basis.shape != tuple(prior.mean.shape):
+            raise ValueError(f"basis and prior must have one shape; got {basis.shape} and {tuple(prior.mean.shape)}")
         self.network, self.basis, self.prior = network, basis, prior
 
     def forward(self, white_t: Batch, gamma: Gamma) -> Batch:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-INSTALL = "remove .venv and run make test; without make: pip install -c constraints.txt -e '.[test]'"
+INSTALL = "remove .venv and run make venv; without make: pip install -c constraints.txt -e '.[test]'"
 
 
 def report() -> bool:

@@ -10,6 +10,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def results(notebook: str) -> Path:
+    """The folder for what a notebook writes, made if need be: `runs/NOTEBOOK/`, or `$GUDLIB_RESULTS/NOTEBOOK/`.
+
+    Notebooks run by `gudlib.runs` have it in the output folder of the run.
+    """
+    folder = Path(os.environ.get("GUDLIB_RESULTS", ROOT / "runs")) / notebook
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def claim(notebook: str, name: str, value: float, low: float = -float("inf"), high: float = float("inf")) -> None:
     """Check `low <= value <= high`, print the verdict and record it.
 
@@ -24,11 +34,9 @@ def claim(notebook: str, name: str, value: float, low: float = -float("inf"), hi
     above, below = low > -float("inf"), high < float("inf")
     accepted = f"{low:g} to {high:g}" if above and below else f"at least {low:g}" if above else f"at most {high:g}"
     print(f"{'PASS' if holds else 'FAIL'}  {name}  (accepted: {accepted})")
-    folder = Path(os.environ.get("GUDLIB_RESULTS", ROOT / "runs")) / "claims"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{notebook}.json"
+    path = results("claims") / f"{notebook}.json"
     rows = json.loads(path.read_text()) if path.is_file() else {}
-    rows[name] = {"value": value, "low": low, "high": high, "holds": holds}
-    draft = folder / f".{notebook}.{os.getpid()}.tmp"
+    rows[name] = {"value": value, "low": low if above else None, "high": high if below else None, "holds": holds}
+    draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(rows, indent=2) + "\n")
     os.replace(draft, path)

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import subprocess
 import time
@@ -148,12 +149,15 @@ def run_job(job: Job) -> Result:
         "autosave_cell_every": 10,
     }
     try:
+        os.environ["GUDLIB_RESULTS"] = str(job.out)  # of the kernel, which inherits it
         papermill.execute_notebook(job.notebook, partial, dict(job.parameters), **options)
     except Exception as caught:  # a cell's error, a dead kernel, a timeout: all are this notebook's failure
         error = caught
     failure = _failure(partial, error)
     if partial.is_file():
-        _replace(page, nbconvert.HTMLExporter().from_filename(str(partial))[0])
+        html = nbconvert.HTMLExporter().from_filename(str(partial))[0]
+        html = html.replace('href="../README.md"', f'href="{(ROOT / "README.md").as_uri()}"')
+        _replace(page, re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', html))
         os.replace(partial, output)
     result = Result(name, "failed" if failure else "completed", time.perf_counter() - start, output, failure)
     facts = {"output": output.name, "parameters": dict(job.parameters), "key": key, "python": platform.python_version()}

@@ -36,9 +36,9 @@ class Schedule:
     """gamma_i(t) for components of one shape; all else follows from it, derivatives by automatic differentiation.
 
     Arguments:
-        gamma: any function, not decreasing in t, written with torch operations. It receives t with three trailing axes
-            of size one, and its result must broadcast to t.shape + shape. It may carry leading axes of its own (one
-            softness for each image of a batch); t is then broadcast against them.
+        gamma: any function, not decreasing in t (only the ends are checked), written with torch operations. It receives
+            t with three trailing axes of size one, and its result must broadcast to t.shape + shape. It may carry
+            leading axes of its own (one softness for each image of a batch); t is then broadcast against them.
         shape: component shape (channel, height, width).
 
     Raises:
@@ -162,7 +162,7 @@ def soft_conditioning(
 
     so that `-log SNR_i` of the highest component starts at `denoise` and that of the lowest ends at `noise`. With
     `l_i = -log Sigma_i`, a = 0 gives all components one SNR, a = 1 is standard diffusion, a > 1 is more hierarchical,
-    up to one component after another.
+    up to one component after another. a < 0 reverses the ordering: the extremes are those of a l.
 
     Arguments:
         order: l_i, (c, h, w); higher = noised earlier, generated later.
@@ -177,12 +177,12 @@ def soft_conditioning(
     _rising(denoise, noise, "noise")
     if caps is not None:
         _rising(*caps)
-    low, high = order.min(), order.max()
 
     def gamma(t: Tensor) -> Tensor:
-        soft = a.to(t)[..., None, None, None] if isinstance(a, Tensor) else a
+        steep = (a.to(t)[..., None, None, None] if isinstance(a, Tensor) else a) * order.to(t)  # a l_i
+        low, high = steep.amin((-3, -2, -1), keepdim=True), steep.amax((-3, -2, -1), keepdim=True)
         shift = log_variance.to(t) if isinstance(log_variance, Tensor) else log_variance
-        value = denoise + shift + soft * (order - high).to(t) + t * (noise - denoise + soft * (high - low).to(t))
+        value = denoise + shift + steep - high + t * (noise - denoise + high - low)
         return value if caps is None else value.clamp(*caps)
 
     return Schedule(gamma, (order.shape[0], order.shape[1], order.shape[2]))

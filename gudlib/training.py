@@ -45,7 +45,7 @@ class Settings:
         warmup: steps.
         ema: decay of the averaged weights, reached gradually as min(ema, (1 + n) / (10 + n)).
         clip: largest gradient norm.
-        softness: range of `a`, drawn uniformly for each image.
+        softness: range (lowest, highest) of the inverse softness `a`, drawn uniformly for each image.
         weighting: `plain` or `likelihood`.
         seed: of everything random.
         save_every: steps between checkpoints.
@@ -63,10 +63,12 @@ class Settings:
     save_every: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "save_every"):
+        for name in ("steps", "batch", "warmup", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.softness[0] > self.softness[1]:
+        if not (self.rate > 0 and 0 <= self.ema < 1):
+            raise ValueError(f"rate must be positive and ema in [0, 1); got {self.rate} and {self.ema}")
+        if not isinstance(self.softness, tuple | list) or self.softness[0] > self.softness[1]:
             raise ValueError(f"softness must be (lowest, highest); got {self.softness}")
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}; got {self.weighting!r}")

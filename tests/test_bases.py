@@ -368,3 +368,8 @@ def test_groups_follow_the_label_keep_ties_together_and_leave_no_gap(n, count, t
     if ties == 1:
         sizes = groups.flatten().bincount()
         assert len(used) == min(n, count) and sizes.max() - sizes.min() <= 1
+
+
+def test_integer_images_are_refused_rather_than_truncated():
+    with pytest.raises(ValueError, match="floating point.*uint8"):
+        bases.DCT((1, 4, 4))(torch.zeros(1, 1, 4, 4, dtype=torch.uint8))

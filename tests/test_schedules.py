@@ -377,3 +377,13 @@ def test_impossible_parameters_are_refused_with_their_values():
     for make, message in cases:
         with pytest.raises(ValueError, match=message):
             make()
+
+
+@pytest.mark.parametrize("a", [-1.5, -0.3, 0.0, 0.7, 3.0])
+def test_soft_conditioning_reaches_its_ends_for_either_sign_of_a(a):
+    order = torch.tensor([[[-2.0, 0.5, 3.0]]], dtype=torch.float64)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    gamma = schedules.soft_conditioning(order, a, denoise=-7, noise=5).gamma(ends)
+    assert gamma[0].max().item() == pytest.approx(-7) and gamma[1].min().item() == pytest.approx(5)
+    reversed_ = schedules.soft_conditioning(-order, -a, denoise=-7, noise=5)
+    torch.testing.assert_close(gamma, reversed_.gamma(ends))
