@@ -63,7 +63,7 @@ def test_each_broken_thing_is_named_with_its_remedy(project):
     code, lines = doctor(project)
     assert code == 1
     broken = {line.removeprefix("BROKEN: "): remedy for line, remedy in lines.items() if line.startswith("BROKEN: ")}
-    assert broken.pop("device: ImportError: no torch here").startswith("remove .venv and run make test")
+    assert broken.pop("device: ImportError: no torch here").startswith("remove .venv and run make venv")
     assert broken.pop("image sets: ImportError: no torch here")
     assert broken == {
         "data/checkpoints/small.safetensors is damaged, or not in SHA256SUMS": "git checkout -- data/checkpoints",
