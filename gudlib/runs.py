@@ -1,7 +1,7 @@
 """Run notebooks with papermill: check the parameters, execute in parallel, keep records, continue where a run stopped.
 
 `run_job(Job(...))` is one notebook with one set of parameters. Both ends pickle, so a sweep is
-`executor.map(run_job, jobs)` for any `concurrent.futures` executor; `run` does it with processes and progress bars.
+`executor.map(run_job, jobs)` for any `concurrent.futures` executor of processes; `run` does it with progress bars.
 """
 
 from __future__ import annotations
