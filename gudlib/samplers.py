@@ -8,7 +8,7 @@ mean and the standard deviation of the next state; the driver draws. With r = ex
     heun            ddim, then again with the average of both ends' eps         (second order)
     euler-maruyama  a plain step of the reverse SDE in t                        (the authors' library)
 
-The first three need no derivative of the schedule and leave a component that is not moving exactly where it is.
+The first three need no derivative of the schedule and leave a component that is not moving where it is, up to rounding.
 
 References:
     Denoising Diffusion Probabilistic Models, J. Ho, A. Jain, P. Abbeel, 2020, https://arxiv.org/abs/2006.11239
