@@ -40,6 +40,10 @@ class Schedule:
             t with three trailing axes of size one, and its result must broadcast to t.shape + shape. It may carry
             leading axes of its own (one softness for each image of a batch); t is then broadcast against them.
         shape: component shape (channel, height, width).
+        kinks: times at which a slope jumps, for integrals over t; those outside (0, 1) are dropped.
+
+    Attributes:
+        kinks: the same, sorted, float64, (k,).
 
     Raises:
         ValueError: if gamma is not finite at t = 0 or t = 1, falls between them, or does not fit the shape.
@@ -49,8 +53,10 @@ class Schedule:
     (torch.Size([2, 1, 2, 2]), 12.0)
     """
 
-    def __init__(self, gamma: Callable[[Tensor], Tensor], shape: Shape) -> None:
+    def __init__(self, gamma: Callable[[Tensor], Tensor], shape: Shape, kinks: Tensor | Sequence[float] = ()) -> None:
         self._gamma = gamma
+        times = torch.as_tensor(kinks, dtype=torch.float64).flatten()
+        self.kinks = times[(times > 0) & (times < 1)].round(decimals=12).unique()
         self.shape: Shape = (int(shape[0]), int(shape[1]), int(shape[2]))
         start, end = (gamma(torch.full((1, 1, 1), t, dtype=torch.float64)) for t in (0.0, 1.0))
         for t, value in ((0, start), (1, end)):
@@ -118,7 +124,7 @@ def vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float
         integral = beta_min * t + 0.5 * (beta_max - beta_min) * t**2
         return integral + (-torch.expm1(-integral)).log()
 
-    return Schedule(gamma, shape)
+    return Schedule(gamma, shape, [t_min])
 
 
 def cosine(shape: Shape, low: float = -10.0, high: float = 10.0, offset: float = 0.008) -> Schedule:
@@ -145,7 +151,7 @@ def cosine(shape: Shape, low: float = -10.0, high: float = 10.0, offset: float =
         signal = angle.cos() ** 2 / f0
         return ((1 - signal) / signal).log()
 
-    return Schedule(gamma, shape)
+    return Schedule(gamma, shape, [first, last])
 
 
 def soft_conditioning(
@@ -178,14 +184,18 @@ def soft_conditioning(
     if caps is not None:
         _rising(*caps)
 
-    def gamma(t: Tensor) -> Tensor:
+    def free(t: Tensor) -> Tensor:
         steep = (a.to(t)[..., None, None, None] if isinstance(a, Tensor) else a) * order.to(t)  # a l_i
         low, high = steep.amin((-3, -2, -1), keepdim=True), steep.amax((-3, -2, -1), keepdim=True)
         shift = log_variance.to(t) if isinstance(log_variance, Tensor) else log_variance
-        value = denoise + shift + steep - high + t * (noise - denoise + high - low)
-        return value if caps is None else value.clamp(*caps)
+        return denoise + shift + steep - high + t * (noise - denoise + high - low)
 
-    return Schedule(gamma, (order.shape[0], order.shape[1], order.shape[2]))
+    shape = (order.shape[0], order.shape[1], order.shape[2])
+    if caps is None:
+        return Schedule(free, shape)
+    start, end = (free(torch.full((1, 1, 1), t, dtype=torch.float64)) for t in (0.0, 1.0))
+    kinks = torch.stack([(cap - start) / (end - start) for cap in caps])
+    return Schedule(lambda t: free(t).clamp(*caps), shape, kinks)
 
 
 def sequential(
@@ -235,7 +245,8 @@ def sequential(
     def gamma(t: Tensor) -> Tensor:
         return low + (high - low) * ((t - start.to(t)) / duration).clamp(0, 1)
 
-    return Schedule(gamma, (start.shape[0], start.shape[1], start.shape[2]))
+    kinks = torch.stack([start, start + duration])
+    return Schedule(gamma, (start.shape[0], start.shape[1], start.shape[2]), kinks)
 
 
 def patches(shape: Shape, size: int) -> PerComponent:
@@ -257,7 +268,8 @@ def rescaled(schedule: Schedule, scale: PerComponent) -> Schedule:
     Prior and schedule are partly redundant: both processes have the same SNR_i(t) and, up to a deterministic factor for
     each component, the same paths.
     """
-    return Schedule(lambda t: schedule.gamma(t[..., 0, 0, 0]) + 2 * scale.log().to(t), schedule.shape)
+    gamma = schedule.gamma
+    return Schedule(lambda t: gamma(t[..., 0, 0, 0]) + 2 * scale.log().to(t), schedule.shape, schedule.kinks)
 
 
 def _rising(low: float, high: float, name: str = "high") -> None:

@@ -1,11 +1,14 @@
 """Closed forms, checked against autograd, torch's distributions, quadrature and brute force."""
 
+import math
+
 import pytest
 import torch
 from cases import BASES, COVARIANCE, MEAN, PRIORS, SCHEDULES, SHAPE, D, matrix, moments, randn, times
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from gudlib.exact import Empirical, GaussianMixture, gaussian, gaussian_eps
+from gudlib import schedules
+from gudlib.exact import Empirical, GaussianMixture, gaussian, gaussian_eps, gaussian_error, information
 from gudlib.process import Process, from_eps, to_eps
 
 
@@ -187,3 +190,75 @@ def test_mixture_limits_are_data_and_pure_noise():
     clean, noise = (torch.full((1, *SHAPE), g, dtype=torch.float64) for g in (-40.0, 80.0))
     torch.testing.assert_close(from_eps(model(chi, clean), "x0", chi, clean), chi, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model(chi, noise), chi)
+
+
+# Information along a path
+
+WHITE = COVARIANCE / COVARIANCE.diagonal().mean()
+LABEL = torch.arange(float(D), dtype=torch.float64).reshape(SHAPE)
+LOW, HIGH = -12.0, 8.0
+PATHS = {
+    "all at once": lambda: schedules.linear(SHAPE, LOW, HIGH),
+    "in another time": lambda: schedules.Schedule(lambda t: LOW + (HIGH - LOW) * t**2, SHAPE),
+    "staggered": lambda: schedules.sequential(LABEL, 0.37, LOW, HIGH),
+    "one after another": lambda: schedules.sequential(LABEL, 1 / D, LOW, HIGH),
+    "one after another, from the other end": lambda: schedules.sequential(-LABEL, 1 / D, LOW, HIGH),
+    "soft conditioning, capped": lambda: schedules.soft_conditioning(
+        LABEL, 3.0, denoise=LOW, noise=HIGH, caps=(LOW, HIGH)
+    ),
+    "far beyond one after another": lambda: schedules.soft_conditioning(
+        LABEL, 50.0, denoise=LOW, noise=HIGH, caps=(LOW, HIGH)
+    ),
+    "each its own power": lambda: schedules.Schedule(lambda t: LOW + (HIGH - LOW) * t ** (1 + LABEL), SHAPE),
+}
+
+
+def seen(gamma):
+    """I(chi_0; chi_t) = 1/2 log det(A C A + N) / det N of the coupled Gaussian, one gamma for all components."""
+    noise = 1 / (1 + math.exp(-gamma))
+    noised = (1 - noise) * WHITE + noise * torch.eye(D, dtype=torch.float64)
+    return 0.5 * (torch.logdet(noised) - D * math.log(noise))
+
+
+def test_error_of_the_best_prediction_is_that_of_the_posterior():
+    """e^gamma-scaled posterior covariance, from the joint Gaussian of data and noised data."""
+    gamma = 3 * randn(4, *SHAPE, seed=11)
+    got = gaussian_error(gamma, WHITE)
+    assert got.shape == gamma.shape
+    for level, error in zip(gamma.flatten(1), got.flatten(1), strict=True):
+        a, n = torch.sigmoid(-level).sqrt(), torch.sigmoid(level)
+        cross = WHITE * a
+        posterior = WHITE - cross @ torch.linalg.solve(a[:, None] * WHITE * a + n.diag(), cross.T)
+        torch.testing.assert_close(error, level.neg().exp() * posterior.diagonal(), rtol=1e-8, atol=1e-10)
+
+
+def test_error_of_the_best_prediction_is_what_the_model_commits():
+    model, gamma, n = gaussian(torch.zeros(D).double(), WHITE), 2 * randn(1, *SHAPE, seed=12), 200_000
+    white = model.sample(n, torch.Generator().manual_seed(0)).reshape(n, *SHAPE)
+    eps = randn(n, *SHAPE, seed=13)
+    chi = torch.sigmoid(-gamma).sqrt() * white + torch.sigmoid(gamma).sqrt() * eps
+    square = (eps - model(chi, gamma)).square()
+    error = (square.mean(0) - gaussian_error(gamma, WHITE)[0]) / (square.std(0) / n**0.5)
+    assert error.abs().max() < 4
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_information_does_not_depend_on_the_path(path):
+    total = information(PATHS[path](), lambda gamma: gaussian_error(gamma, WHITE)).sum()
+    torch.testing.assert_close(total, seen(LOW) - seen(HIGH), rtol=0, atol=1e-6)
+
+
+def test_one_after_another_the_information_is_that_of_the_chain_rule():
+    """Component i sees those before it (all but) exactly: 1/2 log of its conditional over the noise's variance."""
+    conditional = torch.linalg.cholesky(WHITE).diagonal().square()
+    expected = 0.5 * (torch.log1p(conditional * math.exp(-LOW)) - torch.log1p(conditional * math.exp(-HIGH)))
+    got = information(PATHS["one after another"](), lambda gamma: gaussian_error(gamma, WHITE)).flatten()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+    together = information(PATHS["all at once"](), lambda gamma: gaussian_error(gamma, WHITE)).flatten()
+    assert (together - expected).abs().max() > 0.05
+
+
+def test_information_of_a_constant_error_is_half_the_rise_of_gamma():
+    schedule = PATHS["soft conditioning, capped"]()
+    got = information(schedule, torch.ones_like, points=2)
+    torch.testing.assert_close(got, torch.full(SHAPE, (HIGH - LOW) / 2, dtype=torch.float64))

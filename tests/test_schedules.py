@@ -387,3 +387,33 @@ def test_soft_conditioning_reaches_its_ends_for_either_sign_of_a(a):
     assert gamma[0].max().item() == pytest.approx(-7) and gamma[1].min().item() == pytest.approx(5)
     reversed_ = schedules.soft_conditioning(-order, -a, denoise=-7, noise=5)
     torch.testing.assert_close(gamma, reversed_.gamma(ends))
+
+
+# Kinks
+
+
+@each_factory
+def test_between_its_kinks_a_schedule_has_no_jump_in_its_slope(name):
+    """Seen from either side of each kink some slope differs; anywhere else, on a fine grid, none does."""
+    schedule, h = FACTORIES[name](), 1e-7
+    kinks = schedule.kinks
+    assert torch.equal(kinks, kinks.sort().values) and ((kinks > 0) & (kinks < 1)).all()
+
+    def jump(t):
+        return (schedule.rate(t + h) - schedule.rate(t - h)).abs().flatten(1).amax(1) / schedule.rate(t).abs().max()
+
+    if len(kinks):
+        assert (jump(kinks) > 1e-3).all()
+    t = torch.rand(4000, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.98 + 0.01
+    away = ((t[:, None] - kinks).abs() > 2 * h).all(1) if len(kinks) else torch.ones_like(t, dtype=torch.bool)
+    assert (jump(t[away]) < 1e-3).all()
+
+
+def test_kinks_of_known_schedules():
+    close(schedules.sequential(COLUMN, 0.5).kinks, torch.linspace(0, 1, 11, dtype=torch.float64)[1:-1])
+    close(schedules.vp(SHAPE).kinks, torch.tensor([1e-5], dtype=torch.float64))
+    assert not len(schedules.linear(SHAPE).kinks) and not len(schedules.soft_conditioning(ORDER, 2.0).kinks)
+    a = torch.tensor([0.0, 2.0], dtype=torch.float64)
+    both = schedules.soft_conditioning(ORDER, a, caps=(-6.0, 4.0)).kinks
+    close(both[0], schedules.soft_conditioning(ORDER, 2.0, caps=(-6.0, 4.0)).kinks.min().clamp(max=1 / 12))
+    assert schedules.Schedule(lambda t: t.clamp(0.25, 0.5), SHAPE, [0.5, 0.25, 0.0, 1.0]).kinks.tolist() == [0.25, 0.5]
