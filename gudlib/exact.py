@@ -15,7 +15,6 @@ I(chi_0; chi at gamma') - I(chi_0; chi at gamma'') = 1/2 int sum_i E(eps_i - eps
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -148,12 +147,13 @@ def gaussian_error(gamma: Gamma, covariance: Float[Tensor, "d d"]) -> Batch:
     return 1 - torch.sigmoid(gamma) * precision.reshape(gamma.shape)
 
 
-def information(schedule: Schedule, error: Callable[[Gamma], Batch], points: int = 32) -> PerComponent:
+def information(schedule: Schedule, error: Callable[[Gamma], Batch], points: int = 16) -> PerComponent:
     r"""What each component adds along a schedule, 1/2 int gamma_i' E(eps_i - eps_hat_i)^2 dt, in nats, (c, h, w).
 
     With the error of the best prediction the sum is I(chi_0; chi(t=0)) - I(chi_0; chi(t=1)), whatever the way between;
     how it falls to the components depends on the way. With that of a network the sum is the diffusion term of the
-    likelihood bound. The integral is Gauss-Legendre's between kinks, a piece for every 8 that the fastest gamma moves.
+    likelihood bound. The integral is Gauss-Legendre's on pieces that end at the kinks and over which no gamma moves by
+    more than 2: good to ten digits for the schedules here, the steep start of `vp` included.
 
     Arguments:
         schedule: without a batch of its own.
@@ -165,12 +165,11 @@ def information(schedule: Schedule, error: Callable[[Gamma], Batch], points: int
         https://arxiv.org/abs/cs/0412108, theorem 2
         Variational Diffusion Models, D. P. Kingma et al., 2021, https://arxiv.org/abs/2107.00630, section 5.1
     """
-    ends = torch.cat([torch.zeros(1), schedule.kinks, torch.ones(1)])
-    levels = schedule.gamma(ends)
-    pieces = ((levels.diff(dim=0).flatten(1).amax(1) / 8).ceil().long().clamp(min=1)).tolist()
-    edges = [torch.linspace(a, b, n + 1, dtype=torch.float64) for (a, b), n in zip(pairwise(ends), pieces, strict=True)]
-    width = torch.cat([part.diff() for part in edges])
+    edges = torch.cat([torch.zeros(1), schedule.kinks, torch.ones(1)])
+    while bool((wide := schedule.gamma(edges).diff(dim=0).flatten(1).amax(1) > 2).any()):
+        edges = torch.cat([edges, (edges[:-1] + edges[1:])[wide] / 2]).sort().values
+    width = edges.diff()
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(points))
-    t = (torch.cat([part[:-1] for part in edges])[:, None] + width[:, None] * (nodes + 1) / 2).flatten()
+    t = (edges[:-1, None] + width[:, None] * (nodes + 1) / 2).flatten()
     weight = (width[:, None] * weights / 2).flatten()
     return 0.5 * torch.einsum("t,tchw->chw", weight, schedule.rate(t) * error(schedule.gamma(t)))

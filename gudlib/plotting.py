@@ -14,6 +14,7 @@ import torch
 from cycler import cycler
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from torch import Tensor
 
@@ -150,6 +151,30 @@ def atoms(basis: Basis, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
     units = torch.zeros(len(indices), *basis.shape)
     units.view(len(indices), -1)[range(len(indices)), list(indices)] = 1
     return basis.inverse(units)
+
+
+def matrix(ax: Axes, values: Float[Tensor, "n m"], title: str = "", limits: tuple[float, float] = (0, 1)) -> Axes:
+    """Draw a small matrix with its numbers written in, rows and columns counted from 1."""
+    ax.imshow(values, vmin=limits[0], vmax=limits[1])
+    for i, row in enumerate(values.tolist()):
+        for j, value in enumerate(row):
+            ink = "white" if value < limits[0] + 0.6 * (limits[1] - limits[0]) else "black"
+            ax.text(j, i, f"{value:.2f}".replace("-0.00", "0.00"), ha="center", va="center", fontsize=8, color=ink)
+    ax.set(title=title, xticks=range(values.shape[1]), yticks=range(values.shape[0]))
+    ax.set(xticklabels=range(1, values.shape[1] + 1), yticklabels=range(1, values.shape[0] + 1))
+    return ax
+
+
+def trails(ax: Axes, states: Float[Tensor, "k n 2"]) -> LineCollection:
+    """Draw n trajectories in the plane, each from dark to light along its own length, with a dot where it ends."""
+    steps = torch.stack([states[:-1], states[1:]], dim=2)  # (k - 1, n, 2 ends, 2)
+    walked = steps.diff(dim=2).norm(dim=-1)[..., 0].cumsum(0)
+    shade = 0.9 * walked / walked[-1]
+    lines = LineCollection(list(steps.flatten(0, 1).numpy()), clim=(0, 1), cmap=MAP, linewidths=1.6)
+    lines.set_array(shade.flatten().numpy())
+    ax.add_collection(lines)
+    ax.scatter(*states[-1].T, s=14, color=plt.get_cmap(MAP)(0.9), edgecolor="black", linewidth=0.5, zorder=3)
+    return lines
 
 
 def describe(axes: Axes | Sequence[Axes]) -> None:

@@ -197,6 +197,7 @@ def test_mixture_limits_are_data_and_pure_noise():
 WHITE = COVARIANCE / COVARIANCE.diagonal().mean()
 LABEL = torch.arange(float(D), dtype=torch.float64).reshape(SHAPE)
 LOW, HIGH = -12.0, 8.0
+SPAN = math.log(math.expm1(20) / math.expm1(2e-5))
 PATHS = {
     "all at once": lambda: schedules.linear(SHAPE, LOW, HIGH),
     "in another time": lambda: schedules.Schedule(lambda t: LOW + (HIGH - LOW) * t**2, SHAPE),
@@ -208,6 +209,11 @@ PATHS = {
     ),
     "far beyond one after another": lambda: schedules.soft_conditioning(
         LABEL, 50.0, denoise=LOW, noise=HIGH, caps=(LOW, HIGH)
+    ),
+    "a steep start": lambda: schedules.Schedule(
+        lambda t: (torch.expm1(20 * t.clamp(min=1e-6)).log() - math.log(math.expm1(2e-5))) * (HIGH - LOW) / SPAN + LOW,
+        SHAPE,
+        [1e-6],
     ),
     "each its own power": lambda: schedules.Schedule(lambda t: LOW + (HIGH - LOW) * t ** (1 + LABEL), SHAPE),
 }

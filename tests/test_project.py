@@ -21,10 +21,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
 
 # A module may import those before it. Leaves import none; siblings don't know one another.
-ORDER = """bases priors schedules process exact networks denoiser data training samplers plotting ledger
-    notebooks runs doctor __main__""".split()
-LEAVES = {"bases", "priors", "schedules", "networks", "data", "ledger", "notebooks"}
-SIBLINGS = {"training", "samplers"}
+ORDER = """lattice bases priors schedules process exact zoo networks denoiser data training samplers likelihood
+    plotting ledger notebooks runs doctor __main__""".split()
+LEAVES = {"lattice", "bases", "priors", "schedules", "networks", "data", "ledger", "notebooks"}
+SIBLINGS = {"training", "samplers", "likelihood"}
 TAGS = ("navigation", "parameters", "nbval-check-output")
 
 

@@ -1,0 +1,462 @@
+r"""Lattice fields in two dimensions: systems with known answers, and their coarse graining.
+
+Fields live on the sites x of a periodic square lattice of size L. In units of the lattice spacing, with F(k) the
+unitary Fourier transform, k = 2 pi n / L, khat_mu = 2 sin(k_mu / 2), and exp(-S) the probability of a field,
+
+    free field    S = sum_x 1/2 [(grad phi)^2 + m^2 phi^2],      E|F(k)|^2 = G(k) = 1 / (khat^2 + m^2),
+    phi^4         S = sum_x 1/2 [(grad phi)^2 + m^2 phi^2] + lambda phi^4,
+    Ising         S = -1/T sum_<xy> s_x s_y,  s = +-1,
+
+where (grad phi)^2 sums the squared differences along the bonds to the right and down. Coarse graining by a factor b
+takes fields on L to fields on L / b, and their propagator G, whatever it is, to
+
+    block averages    phi' = b^Delta mean of phi over a block,    G'(k) = b^(2 Delta - 2) sum_a |w(k_a)|^2 G(k_a),
+    momentum shell    phi' = b^Delta waves |k_mu| < pi / b,       G'(k) = b^(2 Delta - 2) G(k / b),
+
+with the b^2 aliases k_a = (k + 2 pi a) / b and a block's form factor |w|^2 = prod_mu [sin(b k_mu/2) / b sin(k_mu/2)]^2.
+With Delta = 0, right for a free field in two dimensions, both take m^2 = 1 / G(0) to b^2 m^2.
+
+References:
+    Hybrid Monte Carlo, S. Duane, A. D. Kennedy, B. J. Pendleton, D. Roweth, 1987,
+    https://doi.org/10.1016/0370-2693(87)91197-X
+    Nonuniversal critical dynamics in Monte Carlo simulations, R. H. Swendsen, J.-S. Wang, 1987,
+    https://doi.org/10.1103/PhysRevLett.58.86
+    Crystal statistics I, L. Onsager, 1944, https://doi.org/10.1103/PhysRev.65.117
+    Crystal statistics II, B. Kaufman, 1949, https://doi.org/10.1103/PhysRev.76.1232
+    The spontaneous magnetization of a two-dimensional Ising model, C. N. Yang, 1952,
+    https://doi.org/10.1103/PhysRev.85.808
+    The pivot algorithm, N. Madras, A. D. Sokal, 1988, https://doi.org/10.1007/BF01022990, appendix C
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int8, Int64
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+Fields = Float[Tensor, "*n size size"]
+Spins = Int8[Tensor, "*n size size"]
+Momenta = Float[Tensor, "2 *k"]
+Propagator = Callable[[Momenta], Float[Tensor, "*k"]]
+
+T_C = 2 / math.log(1 + math.sqrt(2))  # where the infinite Ising model is critical
+CACHE = Path(__file__).resolve().parents[1] / "data" / "cache"
+VERSION = 1  # of what `ensemble` stores: raise it when the same arguments no longer give the same fields
+
+
+def momenta(size: int) -> Float[Tensor, "2 size size"]:
+    """k = (k_y, k_x) of every wave, radians per lattice spacing within [-pi, pi), in the order of the FFT."""
+    k = 2 * math.pi * torch.fft.fftfreq(size, dtype=torch.float64)
+    return torch.stack(torch.meshgrid(k, k, indexing="ij"))
+
+
+def khat2(k: Momenta) -> Float[Tensor, "*k"]:
+    """The lattice's k^2, khat^2 = 4 sum_mu sin^2(k_mu / 2): the eigenvalues of minus its Laplacian."""
+    return 4 * (k / 2).sin().square().sum(0)
+
+
+def free(mass2: float) -> Propagator:
+    """G(k) = 1 / (khat^2 + m^2) of the free field, with correlation length 1 / m."""
+    _expect(mass2 > 0, f"mass2 must be positive, or the field's mean has no distribution; got {mass2}")
+    return lambda k: 1 / (khat2(k) + mass2)
+
+
+def gaussian_field(n: int, size: int, propagator: Propagator, generator: torch.Generator) -> Fields:
+    """`n` independent Gaussian fields (n, size, size) of any propagator, float64, exact."""
+    white = torch.randn(n, size, size, generator=generator, dtype=torch.float64)
+    return torch.fft.ifft2(torch.fft.fft2(white) * propagator(momenta(size)).sqrt()).real
+
+
+# Markov chains
+
+
+@dataclass(frozen=True)
+class Chains:
+    """What independent Markov chains, updated together, went through.
+
+    Attributes:
+        fields: (draws, chains, size, size), float32, or int8 for spins.
+        acceptance: share of proposals accepted.
+    """
+
+    fields: Tensor
+    acceptance: float
+
+
+def action(phi: Fields, mass2: float, coupling: float) -> Float[Tensor, "*n"]:
+    """S of each field: free for coupling lambda = 0, phi^4 otherwise."""
+    gradient = (phi.roll(-1, -1) - phi).square() + (phi.roll(-1, -2) - phi).square()
+    return (0.5 * gradient + 0.5 * mass2 * phi**2 + coupling * phi**4).sum((-1, -2))
+
+
+def force(phi: Fields, mass2: float, coupling: float) -> Fields:
+    """-dS/dphi."""
+    neighbours = phi.roll(1, -1) + phi.roll(-1, -1) + phi.roll(1, -2) + phi.roll(-1, -2)
+    return neighbours - (4 + mass2 + 4 * coupling * phi**2) * phi
+
+
+def leapfrog(
+    phi: Fields, momentum: Fields, step: float, steps: int, mass2: float, coupling: float
+) -> tuple[Fields, Fields]:
+    """Follow H = momentum^2 / 2 + S for a time step * steps: reversible, and volumes are kept."""
+    momentum = momentum + 0.5 * step * force(phi, mass2, coupling)
+    for i in range(steps):
+        phi = phi + step * momentum
+        momentum = momentum + (0.5 if i == steps - 1 else 1) * step * force(phi, mass2, coupling)
+    return phi, momentum
+
+
+def hmc_update(
+    phi: Fields, momentum: Fields, uniform: Float[Tensor, "*n"], step: float, steps: int, mass2: float, coupling: float
+) -> tuple[Fields, Bool[Tensor, "*n"]]:
+    """One trajectory of each chain and which were accepted, with probability min(1, exp(-change of H)).
+
+    Arguments:
+        phi: current fields.
+        momentum: standard normal, of the same shape.
+        uniform: on [0, 1), one for each field.
+        step, steps: of the leapfrog.
+        mass2, coupling: m^2 and lambda.
+    """
+    proposed, after = leapfrog(phi, momentum, step, steps, mass2, coupling)
+    change = action(proposed, mass2, coupling) - action(phi, mass2, coupling)
+    change = change + 0.5 * (after.square() - momentum.square()).sum((-1, -2))
+    accepted = uniform < (-change).exp()
+    return torch.where(accepted[..., None, None], proposed, phi), accepted
+
+
+def phi4(
+    size: int, chains: int, draws: int, generator: torch.Generator, *, mass2: float, coupling: float,
+    step: float = 0.15, steps: int = 10, every: int = 1, thermalise: int = 100, progress: bool = True,
+) -> Chains:  # fmt: skip
+    """phi^4 fields by hybrid Monte Carlo, from the minima of the potential, every other chain in the negative one.
+
+    Arguments:
+        size, chains, draws: of the lattice, independent chains, and fields kept from each.
+        generator: of all randomness.
+        mass2, coupling: m^2, negative only with lambda > 0, and lambda >= 0.
+        step, steps: of the leapfrog. The number is drawn anew for each trajectory, with mean `steps`: with a fixed one
+            a wave whose period fits would never move.
+        every: trajectories for each field kept.
+        thermalise: trajectories before the first.
+        progress: show a bar.
+
+    Raises:
+        ValueError: if the action is not bounded from below, or a count is below 1.
+    """
+    _expect(coupling >= 0, f"coupling must not be negative; got {coupling}")
+    _expect(mass2 > 0 or coupling > 0, f"mass2 must be positive where coupling is 0; got {mass2}")
+    _expect(steps >= 1, f"steps must be at least 1; got {steps}")
+    minimum = math.sqrt(max(-mass2, 0) / (4 * coupling)) if coupling else 0.0
+    signs = 1 - 2 * (torch.arange(chains) % 2)
+
+    def update(phi: Tensor) -> tuple[Tensor, float]:
+        momentum = torch.randn(phi.shape, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(chains, generator=generator, dtype=torch.float64)
+        length = int(torch.randint(1, 2 * steps, (), generator=generator))
+        phi, accepted = hmc_update(phi, momentum, uniform, step, length, mass2, coupling)
+        return phi, float(accepted.double().mean())
+
+    start = minimum * signs[:, None, None] + gaussian_field(chains, size, free(1.0), generator)
+    made = _run(update, start, draws, every, thermalise, "phi^4" if progress else "")
+    return Chains(made.fields.float(), made.acceptance)
+
+
+def clusters(bonds: Bool[Tensor, "n 2 size size"]) -> Int64[Tensor, "n size size"]:
+    """Connected sites: each gets the smallest number of its cluster, sites being counted through all n lattices.
+
+    Roots hook onto their smallest neighbour, labels jump to their root, until no bond joins two labels.
+
+    Arguments:
+        bonds: whether a site is joined to the one to its right, and to the one below.
+    """
+    n, _, size, _ = bonds.shape
+    site = torch.arange(n * size * size).view(n, size, size)
+    other = torch.stack([site.roll(-1, 2), site.roll(-1, 1)], 1)
+    a, b, label = site[:, None].expand_as(other)[bonds], other[bonds], site.flatten().clone()
+    while len(a):
+        label.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
+        while not torch.equal(jumped := label.index_select(0, label), label):
+            label = jumped
+        a, b = label.index_select(0, a), label.index_select(0, b)
+        apart = (a != b).nonzero()[:, 0]
+        a, b = a.index_select(0, apart), b.index_select(0, apart)
+    return label.view(n, size, size)
+
+
+def swendsen_wang(spins: Spins, uniforms: Float[Tensor, "n 2 size size"], coins: Spins, temperature: float) -> Spins:
+    """One cluster update: bonds join equal neighbours with probability 1 - exp(-2/T), each cluster gets a new spin.
+
+    Arguments:
+        spins: current +-1, (n, size, size).
+        uniforms: on [0, 1), for the bonds to the right and down.
+        coins: fair +-1; a cluster takes that of its first site.
+        temperature: T.
+    """
+    equal = torch.stack([spins == spins.roll(-1, 2), spins == spins.roll(-1, 1)], 1)
+    return coins.flatten()[clusters(equal & (uniforms < -math.expm1(-2 / temperature)))]
+
+
+def ising(
+    size: int, chains: int, draws: int, generator: torch.Generator, *, temperature: float,
+    every: int = 1, thermalise: int = 100, progress: bool = True,
+) -> Chains:  # fmt: skip
+    """Ising spins by Swendsen-Wang updates, from aligned ones; arguments as of `phi4`.
+
+    Raises:
+        ValueError: if the temperature is not positive, or a count is below 1.
+    """
+    _expect(temperature > 0, f"temperature must be positive; got {temperature}")
+
+    def update(spins: Tensor) -> tuple[Tensor, float]:
+        uniforms = torch.rand(chains, 2, size, size, generator=generator)
+        return swendsen_wang(spins, uniforms, _coins(spins.shape, generator), temperature), 1.0
+
+    start = torch.ones(chains, size, size, dtype=torch.int8)
+    return _run(update, start, draws, every, thermalise, "Ising" if progress else "")
+
+
+def _run(
+    update: Callable[[Tensor], tuple[Tensor, float]], state: Tensor, draws: int, every: int, thermalise: int, bar: str
+) -> Chains:
+    _expect(min(*state.shape, draws, every) >= 1 and thermalise >= 0, "size, chains, draws, every must be at least 1, "
+            f"thermalise at least 0; got {state.shape[1]}, {len(state)}, {draws}, {every}, {thermalise}")  # fmt: skip
+    kept, accepted, total = [], 0.0, thermalise + draws * every
+    for i in tqdm(range(1, total + 1), desc=bar) if bar else range(1, total + 1):
+        state, share = update(state)
+        accepted += share / total
+        if i > thermalise and (i - thermalise) % every == 0:
+            kept.append(state)
+    return Chains(torch.stack(kept), accepted)
+
+
+# Exact results for the Ising model
+
+
+def ising_energy(spins: Spins) -> Float[Tensor, "*n"]:
+    """Energy per site, the mean of -s_x (s_right + s_below): -2 if all are aligned, 0 at infinite temperature."""
+    s = spins.float()
+    return -(s * (s.roll(-1, -1) + s.roll(-1, -2))).mean((-1, -2))
+
+
+def onsager_energy(temperature: float) -> float:
+    """Energy per site of the infinite Ising model (Onsager), -coth(2/T) [1 + 2/pi (2 tanh^2(2/T) - 1) K_1]."""
+    sinh, cosh = math.sinh(2 / temperature), math.cosh(2 / temperature)
+    x, y = 1.0, max(abs(1 - sinh**2) / cosh**2, 1e-300)
+    while x - y > 1e-15 * x:  # K_1 = pi / 2 agm(1, sqrt(1 - kappa^2)), the arithmetic-geometric mean
+        x, y = (x + y) / 2, math.sqrt(x * y)
+    return -cosh / sinh * (1 + (2 * (sinh / cosh) ** 2 - 1) / x)
+
+
+def yang_magnetisation(temperature: float) -> float:
+    """|m| of the infinite Ising model (Yang): (1 - sinh(2/T)^-4)^(1/8) below T_c, zero above."""
+    return max(1 - math.sinh(2 / temperature) ** -4, 0.0) ** 0.125
+
+
+def kaufman_energy(temperature: float, size: int) -> float:
+    """Energy per site of the Ising model on the periodic size x size lattice (Kaufman), at any temperature.
+
+    log Z is differentiated automatically; x are the L gamma_r / 2 of her products, x0 the one that changes sign at T_c.
+    """
+    K = torch.tensor(1 / temperature, dtype=torch.float64, requires_grad=True)
+    r = torch.arange(1, 2 * size, dtype=torch.float64)
+    x = size / 2 * (torch.cosh(2 * K) / torch.tanh(2 * K) - torch.cos(math.pi * r / size)).acosh()
+    x0 = size / 2 * (2 * K + K.tanh().log())
+    cosh, sinh = x + torch.log1p((-2 * x).exp()), x + torch.log(-torch.expm1(-2 * x))  # log 2cosh, log 2sinh
+    logs = torch.stack([cosh[::2].sum(), sinh[::2].sum(), cosh[1::2].sum(), sinh[1::2].sum()])
+    weights = torch.stack([torch.ones_like(K), torch.ones_like(K), 2 * x0.cosh(), 2 * x0.sinh()])
+    terms = (weights * (logs - logs.max().detach()).exp()).sum().log() + logs.max().detach()
+    return -float(torch.autograd.grad(size**2 / 2 * (2 * torch.sinh(2 * K)).log() + terms, K)[0]) / size**2
+
+
+# Coarse graining
+
+
+def block(fields: Fields, factor: int, delta: float = 0.0) -> Fields:
+    """b^Delta times the averages over blocks of b x b sites, (*n, size / b, size / b)."""
+    size = _coarse(fields, factor)
+    return factor**delta * fields.unflatten(-1, (size, factor)).unflatten(-3, (size, factor)).mean((-1, -3))
+
+
+def majority(spins: Spins, factor: int, generator: torch.Generator) -> Spins:
+    """Block spins: what most spins of a block of b x b say; where they are divided, a fair coin."""
+    total = block(spins.float(), factor)
+    return torch.where(total == 0, _coins(total.shape, generator), total.sign().to(torch.int8))
+
+
+def shell(fields: Fields, factor: int, delta: float = 0.0) -> Fields:
+    """b^Delta times the long waves of each field, on the lattice of size / b on which they still fit.
+
+    Where size / b is even, the shortest stem from two, n = +- size / 2b: their sum over sqrt 2 keeps the variance.
+    """
+    size, waves = _coarse(fields, factor), torch.fft.fft2(fields, norm="ortho")
+    for dim in (-1, -2):
+        n = torch.fft.fftfreq(size, 1 / size).round().long()
+        low = waves.index_select(dim, n % fields.shape[dim])
+        if size % 2 == 0:
+            edge = low.narrow(dim, size // 2, 1)
+            edge.copy_((edge + waves.narrow(dim, size // 2, 1)) / math.sqrt(2))
+        waves = low
+    return factor ** (delta - 1) * torch.fft.ifft2(waves, norm="ortho").real
+
+
+def blocked(propagator: Propagator, factor: int, delta: float = 0.0) -> Propagator:
+    """The propagator of block averages of fields that have `propagator`, on any lattice."""
+
+    def coarse(k: Momenta) -> Tensor:
+        a = 2 * math.pi * torch.cartesian_prod(torch.arange(factor), torch.arange(factor)).T.to(k)
+        fine = (k[:, None] + a.reshape(2, -1, *[1] * (k.ndim - 1))) / factor
+        form = torch.full_like(fine, 1 / factor)  # |w|^2 as a sum of cosines, so that nothing is 0/0 at k = 0
+        for j in range(1, factor):
+            form = form + 2 * (factor - j) / factor**2 * torch.cos(j * fine)
+        return factor ** (2 * delta - 2) * (form.prod(0) * propagator(fine)).sum(0)
+
+    return coarse
+
+
+def shelled(propagator: Propagator, factor: int, delta: float = 0.0) -> Propagator:
+    """The propagator of the long waves (`shell`) of fields that have `propagator`."""
+
+    def coarse(k: Momenta) -> Tensor:
+        inside = torch.remainder(k + math.pi, 2 * math.pi) - math.pi
+        return factor ** (2 * delta - 2) * propagator(inside / factor)
+
+    return coarse
+
+
+def couplings(propagator: Propagator) -> Float[Tensor, "3"]:
+    """(r, Z, u) of the Gaussian action 1/G = r + Z k^2 + u k^4 + ... along an axis, by automatic differentiation."""
+
+    def inverse(k: Tensor) -> Tensor:
+        return 1 / propagator(torch.stack([k, torch.zeros_like(k)]))
+
+    second = torch.func.grad(torch.func.grad(inverse))
+    fourth = torch.func.grad(torch.func.grad(second))
+    zero = torch.zeros((), dtype=torch.float64)
+    return torch.stack([inverse(zero), second(zero) / 2, fourth(zero) / 24])
+
+
+# Observables and their errors
+
+
+def power(fields: Tensor) -> Fields:
+    """|F(k)|^2 of each field, whose mean is the propagator, or structure factor."""
+    return torch.fft.fft2(fields if fields.is_floating_point() else fields.float(), norm="ortho").abs().square()
+
+
+def correlation(spectrum: Fields) -> Fields:
+    """C(r) = E[phi(x) phi(x + r)] averaged over x, from a mean power spectrum (Wiener and Khinchin)."""
+    return torch.fft.ifft2(spectrum).real
+
+
+def correlation_length(spectrum: Fields) -> Float[Tensor, "*n"]:
+    """The second-moment correlation length sqrt(P(0) / P(k_1) - 1) / 2 sin(pi / L) of a mean power spectrum.
+
+    k_1 is the longest wave, along either axis. For a free field this is 1 / m, exactly, on any lattice.
+    """
+    first = 0.5 * (spectrum[..., 0, 1] + spectrum[..., 1, 0])
+    return (spectrum[..., 0, 0] / first - 1).clamp(min=0).sqrt() / (2 * math.sin(math.pi / spectrum.shape[-1]))
+
+
+def radial(values: Fields, bins: int) -> tuple[Float[Tensor, " bins"], Float[Tensor, "*n bins"]]:
+    """Mean |k| and mean of `values` over rings of equal width in 0 < |k| <= pi.
+
+    Raises:
+        ValueError: if the rings would be narrower than the longest wave, 2 pi / size.
+    """
+    size = values.shape[-1]
+    _expect(1 <= bins <= size // 2, f"bins must lie between 1 and {size // 2} for size {size}; got {bins}")
+    k = momenta(size).norm(dim=0).flatten()
+    inside = (k > 0) & (k <= math.pi * (1 + 1e-12))
+    ring = (k[inside] * bins / math.pi - 1e-9).long()
+    weight = torch.nn.functional.one_hot(ring, bins).double()
+    weight = weight / weight.sum(0)
+    return k[inside] @ weight, values.flatten(-2)[..., inside].double() @ weight
+
+
+def autocorrelation_time(series: Float[Tensor, "draws chains"], window: float = 5.0) -> float:
+    """tau = 1/2 + sum_t rho(t), in draws, up to the first lag of at least `window` tau (Madras and Sokal)."""
+    off = series.double() - series.double().mean()
+    covariance = torch.stack([(off[: len(off) - t] * off[t:]).mean() for t in range(len(off))])
+    tau = (covariance / covariance[0]).cumsum(0) - 0.5
+    enough = (torch.arange(len(off)) >= window * tau).nonzero().flatten().tolist()
+    return max(float(tau[enough[0] if enough else -1]), 0.5)
+
+
+def standard_error(series: Float[Tensor, "draws chains"]) -> float:
+    """Of the mean of all draws of all chains: sqrt(2 tau variance / (draws * chains))."""
+    return math.sqrt(2 * autocorrelation_time(series) * float(series.double().var()) / series.numel())
+
+
+# Ensembles kept on disk
+
+KINDS: dict[str, Callable[..., Chains]] = {"phi4": phi4, "ising": ising}
+
+
+def ensemble(
+    kind: str, size: int, chains: int, draws: int, seed: int, *, folder: Path = CACHE, progress: bool = True,
+    **options: Any,
+) -> Chains:  # fmt: skip
+    """`phi4` or `ising` fields: read if they are in `folder`, made and stored there if not.
+
+    A file is named after all arguments and `VERSION`, is written whole or not at all, and counts only if it says that
+    it was made from these and its contents have the checksum that it states.
+
+    Raises:
+        ValueError: for an unknown kind, and as `phi4` and `ising` do.
+    """
+    _expect(kind in KINDS, f"kind must be one of {sorted(KINDS)}; got {kind!r}")
+    arguments = {"size": size, "chains": chains, "draws": draws, "seed": seed, **dict(sorted(options.items()))}
+    name = "_".join([kind, *(f"{key}{value}" for key, value in arguments.items()), f"v{VERSION}"])
+    path = folder / f"{name}.safetensors"
+    if (stored := _read(path, name)) is not None:
+        return stored
+    generator = torch.Generator().manual_seed(seed)
+    made = KINDS[kind](size, chains, draws, generator, progress=progress, **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f"{name}.{os.getpid()}.tmp"
+    about = {"made from": name, "acceptance": repr(made.acceptance), "checksum": _checksum(made.fields)}
+    try:
+        save_file({"fields": made.fields}, draft, about)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return made
+
+
+def _read(path: Path, name: str) -> Chains | None:
+    try:
+        with safe_open(path, "pt") as file:
+            about, fields = file.metadata() or {}, file.get_tensor("fields")
+    except (OSError, SafetensorError):
+        return None
+    right = about.get("made from") == name and about.get("checksum") == _checksum(fields)
+    return Chains(fields, float(about["acceptance"])) if right else None
+
+
+def _checksum(fields: Tensor) -> str:
+    return hashlib.sha256(fields.numpy().tobytes()).hexdigest()
+
+
+def _coins(shape: torch.Size, generator: torch.Generator) -> Spins:
+    return 2 * torch.randint(2, shape, generator=generator, dtype=torch.int8) - 1
+
+
+def _coarse(fields: Tensor, factor: int) -> int:
+    size = fields.shape[-1]
+    _expect(factor >= 1 and size % factor == 0, f"factor must divide the lattice size {size}; got {factor}")
+    return size // factor
+
+
+def _expect(right: bool, message: str) -> None:
+    if not right:
+        raise ValueError(message)
