@@ -192,6 +192,16 @@ def test_mixture_limits_are_data_and_pure_noise():
     torch.testing.assert_close(model(chi, noise), chi)
 
 
+def test_samples_of_a_singular_covariance_stay_on_its_plane():
+    """Eigenvalues that rounding makes negative count as zero."""
+    direction = randn(D, seed=20)
+    model = gaussian(randn(D), torch.outer(direction, direction))
+    off = model.sample(200, torch.Generator().manual_seed(0)) - randn(D)
+    assert torch.isfinite(off).all() and 0.8 < (off.norm(dim=1) / direction.norm()).square().mean() < 1.2
+    across = off - torch.outer(off @ direction, direction) / direction.square().sum()
+    assert across.abs().max() < 1e-6
+
+
 # Information along a path
 
 WHITE = COVARIANCE / COVARIANCE.diagonal().mean()

@@ -417,3 +417,15 @@ def test_kinks_of_known_schedules():
     both = schedules.soft_conditioning(ORDER, a, caps=(-6.0, 4.0)).kinks
     close(both[0], schedules.soft_conditioning(ORDER, 2.0, caps=(-6.0, 4.0)).kinks.min().clamp(max=1 / 12))
     assert schedules.Schedule(lambda t: t.clamp(0.25, 0.5), SHAPE, [0.5, 0.25, 0.0, 1.0]).kinks.tolist() == [0.25, 0.5]
+    assert len(schedules.sequential(COLUMN, 0.3).kinks) == 10  # twice six, less the two at the ends
+    close(schedules.sequential(COLUMN, 1 / 6).kinks, torch.arange(1, 6, dtype=torch.float64) / 6)
+    scaled = schedules.rescaled(schedules.sequential(COLUMN, 0.3), (0.5 * LOG_VARIANCE).exp())
+    close(scaled.kinks, schedules.sequential(COLUMN, 0.3).kinks)
+
+
+def test_soft_conditioning_takes_its_extremes_over_colours_too():
+    """The highest component starts at `denoise`, the lowest ends at `noise`, whichever channel they are in."""
+    order = torch.arange(12, dtype=torch.float64).reshape(3, 2, 2)
+    gamma = schedules.soft_conditioning(order, 2.0, denoise=-7.0, noise=5.0).gamma(grid(2))
+    assert gamma[0].max().item() == gamma[0, 2, 1, 1].item() == -7.0
+    assert gamma[1].min().item() == gamma[1, 0, 0, 0].item() == 5.0
