@@ -300,7 +300,7 @@ def flow(
                 "prior": 0.5 * (end.square() + math.log(2 * math.pi)).flatten(1).sum(1),
                 "path": -divergence - noising,
                 "decoder": decode(model, x, eps),
-                "calls": torch.full((len(x),), float(calls + 1)),
+                "calls": torch.full((len(x),), float(calls + isinstance(decode, Normal))),
             }
 
     settings = {"what": "flow", "seed": seed, "decoder": decoder, "tolerance": tolerance, "chunk": chunk}

@@ -529,3 +529,13 @@ def test_progress_is_shown_or_not(monkeypatch):
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_acceptance_is_a_share_of_all_proposals(generator):
+    made = lattice.phi4(4, 3, 5, generator, mass2=1.0, coupling=0.0, step=1e-3, every=2, thermalise=7, progress=False)
+    assert made.acceptance == pytest.approx(1, abs=1e-3)
+
+
+def test_ensembles_of_other_seeds_are_others(tmp_path):
+    one, two = (lattice.ensemble("ising", 4, 2, 3, k, folder=tmp_path, progress=False, temperature=3.0) for k in (0, 1))
+    assert not torch.equal(one.fields, two.fields)

@@ -380,6 +380,22 @@ def test_discrete_and_dequantised_prices_agree_where_both_are_tight():
     assert density.bits == pytest.approx(entropy, abs=0.05)
 
 
+@pytest.mark.parametrize(("decoder", "calls"), [("normal", 2), ("discrete", 1)])
+def test_nfe_counts_the_calls_spent_on_an_image(decoder, calls):
+    _, x, process = grey_setting()
+    made = []
+
+    def model(white_t, gamma):
+        made.append(len(white_t))
+        return 0 * white_t
+
+    got = likelihood.bound(model, process, x, draws=3, decoder=decoder)
+    assert got.nfe == calls and sum(made) == 3 * calls * len(x) + 1  # one recognises the model
+    made.clear()
+    flow = likelihood.flow(model, process, x, decoder=decoder)
+    assert flow.nfe * len(x) == sum(made) - 1
+
+
 def test_discrete_decoder_is_refused_where_the_noise_is_not_white_in_pixels():
     model, process = setting("pca", "whitened")
     with pytest.raises(ValueError, match=r"`discrete` needs white noise in the pixels .* runs from"):

@@ -423,9 +423,12 @@ def test_kinks_of_known_schedules():
     close(scaled.kinks, schedules.sequential(COLUMN, 0.3).kinks)
 
 
-def test_soft_conditioning_takes_its_extremes_over_colours_too():
-    """The highest component starts at `denoise`, the lowest ends at `noise`, whichever channel they are in."""
-    order = torch.arange(12, dtype=torch.float64).reshape(3, 2, 2)
+def test_soft_conditioning_takes_its_extremes_over_all_channels():
+    order = torch.tensor([[[-2.0, 0.5]], [[3.0, 1.0]]], dtype=torch.float64)
     gamma = schedules.soft_conditioning(order, 2.0, denoise=-7.0, noise=5.0).gamma(grid(2))
-    assert gamma[0].max().item() == gamma[0, 2, 1, 1].item() == -7.0
-    assert gamma[1].min().item() == gamma[1, 0, 0, 0].item() == 5.0
+    close(gamma, torch.stack([-7 + 2 * (order - 3), 5 + 2 * (order + 2)]))
+
+
+def test_a_single_component_that_falls_is_refused():
+    with pytest.raises(ValueError, match="must not fall"):
+        schedules.Schedule(lambda t: t * ORDER.to(t), SHAPE)
