@@ -147,6 +147,31 @@ def gaussian_error(gamma: Gamma, covariance: Float[Tensor, "d d"]) -> Batch:
     return 1 - torch.sigmoid(gamma) * precision.reshape(gamma.shape)
 
 
+def linear_eps(gamma: Gamma, covariance: Float[Tensor, "d d"]) -> Float[Tensor, "b d d"]:
+    """The best denoiser of N(0, C) as a matrix, eps_hat = B chi_t: B = diag(sigma) (A C A + N)^-1, for each gamma."""
+    noised = gaussian(covariance.new_zeros(len(covariance)), covariance).covariance(gamma)[0]
+    return sigma(gamma).flatten(1)[:, :, None] * torch.linalg.inv(noised)
+
+
+def linear_error(matrix: Float[Tensor, "b d d"], gamma: Gamma, covariance: Float[Tensor, "d d"]) -> Batch:
+    """E(eps_i - (B chi_t)_i)^2 of any linear denoiser B for data N(0, C): 1 - 2 sigma_i B_ii + [B (A C A + N) B^T]_ii.
+
+    Arguments:
+        matrix: B at each noise level, (b, d, d).
+        gamma: the noise levels, (b, c, h, w) with c h w = d.
+        covariance: C of the white data, (d, d).
+    """
+    noised = gaussian(covariance.new_zeros(len(covariance)), covariance).covariance(gamma)[0]
+    own = sigma(gamma).flatten(1) * matrix.diagonal(dim1=1, dim2=2)
+    return (1 - 2 * own + torch.einsum("bij,bjk,bik->bi", matrix, noised, matrix)).view_as(gamma)
+
+
+def normal_kl(covariance: Float[Tensor, "d d"], other: Float[Tensor, "d d"]) -> Float[Tensor, ""]:
+    """KL(N(0, S) || N(0, V)) in nats, (tr V^-1 S - d - log det V^-1 S) / 2."""
+    ratio = torch.linalg.solve(other, covariance)
+    return 0.5 * (ratio.trace() - len(ratio) - torch.logdet(ratio))
+
+
 def information(schedule: Schedule, error: Callable[[Gamma], Batch], points: int = 16) -> PerComponent:
     r"""What each component adds along a schedule, 1/2 int gamma_i' E(eps_i - eps_hat_i)^2 dt, in nats, (c, h, w).
 

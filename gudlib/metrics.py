@@ -30,7 +30,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm.auto import tqdm
 
 from gudlib.data import scale, to_uint8
-from gudlib.denoiser import read_tensors, write_tensors
+from gudlib.denoiser import read_tensors
 
 Images = Float[Tensor, "n c h w"]
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "checkpoints" / "fashion_features.safetensors"
@@ -231,11 +231,6 @@ def accuracy(classifier: Classifier, images: UInt8[Tensor, "n 1 28 28"], labels:
     """Share of images that are classified rightly."""
     with torch.no_grad():
         return float((classifier.head(embed(scale(images), classifier)).argmax(1) == labels).double().mean())
-
-
-def save_classifier(classifier: Classifier, path: str | Path, card: dict) -> None:
-    """Write a classifier and how it was made."""
-    write_tensors(path, classifier.state_dict(), card)
 
 
 def _enough(real: Tensor, generated: Tensor, least: int) -> None:

@@ -170,3 +170,27 @@ def sample(
         times=grid[sorted(kept)],
         states=torch.stack(states) if states else x.new_empty(0, *shape),
     )
+
+
+def push(
+    model: Model, process: Process, steps: int, method: str, start: Float[Tensor, "d d"]
+) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
+    """What a sampler does to normal data, without drawing: the covariance it ends with, and its map from start to end.
+
+    For a linear model without offset (`exact.gaussian` of mean 0) a step is a matrix and independent noise.
+
+    Arguments:
+        model, process, steps, method: as for `sample`.
+        start: covariance of the white components at t = 1, (d, d).
+    """
+    units = torch.eye(len(start), dtype=torch.float64)
+    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+    def linear(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        step = METHODS[method](model, process, units.view(-1, *process.schedule.shape), t, s)
+        return step.mean.flatten(1).T, step.std.flatten()[: len(units)]
+
+    covariance, whole = start, units
+    for matrix, std in zip(*torch.func.vmap(linear)(grid[:-1], grid[1:]), strict=True):
+        covariance, whole = matrix @ covariance @ matrix.T + (std**2).diag(), matrix @ whole
+    return covariance, whole

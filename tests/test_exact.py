@@ -8,7 +8,17 @@ from cases import BASES, COVARIANCE, MEAN, PRIORS, SCHEDULES, SHAPE, D, matrix, 
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from gudlib import schedules
-from gudlib.exact import Empirical, GaussianMixture, gaussian, gaussian_eps, gaussian_error, information
+from gudlib.exact import (
+    Empirical,
+    GaussianMixture,
+    gaussian,
+    gaussian_eps,
+    gaussian_error,
+    information,
+    linear_eps,
+    linear_error,
+    normal_kl,
+)
 from gudlib.process import Process, from_eps, to_eps
 
 
@@ -278,3 +288,31 @@ def test_information_of_a_constant_error_is_half_the_rise_of_gamma():
     schedule = PATHS["soft conditioning, capped"]()
     got = information(schedule, torch.ones_like, points=2)
     torch.testing.assert_close(got, torch.full(SHAPE, (HIGH - LOW) / 2, dtype=torch.float64))
+
+
+# Linear denoisers
+
+
+def test_linear_denoiser_of_a_gaussian_is_its_closed_form_and_so_is_its_error():
+    gamma, chi = 3 * randn(3, *SHAPE, seed=30), randn(3, *SHAPE, seed=31)
+    matrix = linear_eps(gamma, WHITE)
+    got = torch.einsum("bij,bj->bi", matrix, chi.flatten(1)).view_as(chi)
+    torch.testing.assert_close(got, gaussian(torch.zeros(D).double(), WHITE)(chi, gamma))
+    torch.testing.assert_close(linear_error(matrix, gamma, WHITE), gaussian_error(gamma, WHITE))
+
+
+def test_error_of_any_linear_denoiser_is_that_of_its_samples():
+    gamma, matrix, n = randn(1, *SHAPE, seed=32), 0.3 * randn(1, D, D, seed=33), 200_000
+    white = gaussian(torch.zeros(D).double(), WHITE).sample(n, torch.Generator().manual_seed(1)).view(n, *SHAPE)
+    eps = randn(n, *SHAPE, seed=34)
+    chi = torch.sigmoid(-gamma).sqrt() * white + torch.sigmoid(gamma).sqrt() * eps
+    square = (eps - (chi.flatten(1) @ matrix[0].T).view_as(eps)).square()
+    off = (square.mean(0) - linear_error(matrix, gamma, WHITE)[0]) / (square.std(0) / n**0.5)
+    assert off.abs().max() < 4
+
+
+def test_divergence_of_normals_is_torchs():
+    other = WHITE + 0.5 * torch.eye(D, dtype=torch.float64)
+    zero = torch.zeros(D, dtype=torch.float64)
+    expected = torch.distributions.kl_divergence(MultivariateNormal(zero, WHITE), MultivariateNormal(zero, other))
+    torch.testing.assert_close(normal_kl(WHITE, other), expected)

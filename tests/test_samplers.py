@@ -54,6 +54,20 @@ def error(method, process, model, n):
     return (mean - true_mean).abs().max().item(), (covariance - true_covariance).abs().max().item()
 
 
+@pytest.mark.parametrize("method", ORDERS)
+def test_push_carries_the_covariance_and_the_map_of_a_sampler(method):
+    process, centred = make("staggered")
+    model = gaussian(torch.zeros(D, dtype=torch.float64), centred.covariances[0])
+    start = marginal(model, process.schedule.gamma(torch.ones((), dtype=torch.float64)))[1]
+    covariance, whole = samplers.push(model, process, 12, method, start)
+    torch.testing.assert_close(covariance, propagate(method, process, model, 12)[1])
+    if method in ("ddim", "heun"):
+        white = randn(3, *SHAPE, seed=40)
+        drawn = samplers.sample(model, process, 3, 12, method, start=white).white.flatten(1)
+        torch.testing.assert_close(white.flatten(1) @ whole.T, drawn)
+        torch.testing.assert_close(whole @ start @ whole.T, covariance)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", ORDERS)
 def test_a_coupled_gaussian_is_recovered_at_the_methods_order(method, path):
