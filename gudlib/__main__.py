@@ -1,13 +1,24 @@
-"""`python -m gudlib run | refresh | data | doctor`: run the notebooks, and see what this machine has for them."""
+"""`python -m gudlib run | sweep | refresh | data | doctor`: run notebooks, and see what this machine has for them."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 RUN = """Execute notebooks with papermill. What was completed before with the same code and parameters is skipped.
 Each notebook gets those of the parameters that it declares; one that no notebook declares is refused."""
+
+SWEEP = """Execute one notebook on a grid of parameters, and collect what it reports in a table, one row for each point.
+FILE names the notebook, parameters common to all points, and grids, each a mapping from parameters to lists:
+
+  notebook: one_model
+  parameters: {steps: 800}
+  grids:
+    - {basis_name: [pca, haar], seed: [0, 1, 2]}
+
+Points that were completed before with the same code are not run again; a sweep that was stopped goes on."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,6 +35,18 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--out", type=Path, default=Path("runs/book"), metavar="DIR", help="default: runs/book")
     run.add_argument("--fresh", action="store_true", help="run again what was completed before")
     run.set_defaults(command=_run)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="execute one notebook on a grid of parameters",
+        description=SWEEP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sweep.add_argument("file", type=Path, metavar="FILE", help="the grid, YAML")
+    sweep.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="at a time; default: one a core")
+    sweep.add_argument("--out", type=Path, metavar="DIR", help="default: runs/ and the name of FILE")
+    sweep.add_argument("--fresh", action="store_true", help="run again what was completed before")
+    sweep.set_defaults(command=_sweep)
 
     refresh = commands.add_parser("refresh", help="execute notebooks in place, before a commit")
     refresh.add_argument("names", nargs="*", metavar="NAME", help="as for run")
@@ -62,6 +85,31 @@ def _run(options: argparse.Namespace) -> int:
     for result in results:
         print(f"{result.notebook:{width}}  {result.status:9}  {result.seconds / 60:7.1f}  {result.output}")
     failed = [result for result in results if result.status == "failed"]
+    for result in failed:
+        print(f"failed: {result.output}, {result.failure}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    import yaml
+
+    from gudlib import runs
+
+    try:
+        grid = yaml.safe_load(options.file.read_text())
+        if not isinstance(grid, dict):
+            raise ValueError(f"{options.file} holds no lines `name: value`")
+        if options.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1; got {options.jobs}")
+        out = (options.out or Path("runs") / options.file.stem).resolve()
+        jobs = runs.points(grid, out, options.fresh)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table = out / f"{options.file.stem}.parquet"
+    results, rows = runs.sweep(jobs, table, options.jobs)
+    failed = [result for result in results if result.status == "failed"]
+    print(f"\n{len(rows)} rows in {table}, {len(failed)} failed")
     for result in failed:
         print(f"failed: {result.output}, {result.failure}", file=sys.stderr)
     return 1 if failed else 0

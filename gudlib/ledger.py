@@ -40,3 +40,16 @@ def claim(notebook: str, name: str, value: float, low: float = -float("inf"), hi
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(rows, indent=2) + "\n")
     os.replace(draft, path)
+
+
+def report(notebook: str, values: dict) -> None:
+    """Keep what a run of a notebook measured, as `report.json` in its `results` folder; a sweep makes it a table's row.
+
+    Arguments:
+        notebook: its number or name.
+        values: names and numbers, texts or lists; lists of one length belong together.
+    """
+    path = results(notebook) / "report.json"
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(draft, path)

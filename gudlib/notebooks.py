@@ -39,16 +39,16 @@ def book() -> list[Path]:
 
 
 def find(names: Sequence[str] = ()) -> list[Path]:
-    """Notebooks by number (`02`), name (`02_bases`) or path; the whole book if no names are given.
+    """Notebooks by number (`02`), name (`02_bases`, `one_model`) or path; the whole book if no names are given.
 
     Raises:
         ValueError: for a name that is none of these; it lists the notebooks that there are.
     """
-    known = {key: path for path in book() for key in (path.stem, path.stem[:2])}
+    known = {path.stem: path for path in NOTEBOOKS.glob("*.ipynb")} | {path.stem[:2]: path for path in book()}
     paths = [known.get(name, Path(name)) for name in names] if names else book()
     missing = [str(path) for path in paths if path.suffix != ".ipynb" or not path.is_file()]
     if missing or not paths:
-        there = ", ".join(path.stem for path in book()) or "none"
+        there = ", ".join(sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))) or "none"
         raise ValueError(f"no notebook {', '.join(missing)}; there are (in {NOTEBOOKS}): {there}")
     return [path.resolve() for path in paths]
 

@@ -1,13 +1,15 @@
 """Run notebooks with papermill: check the parameters, execute in parallel, keep records, continue where a run stopped.
 
-`run_job(Job(...))` is one notebook with one set of parameters. Both ends pickle, so a sweep is
-`executor.map(run_job, jobs)` for any `concurrent.futures` executor of processes; `run` does it with progress bars.
+`run_job(Job(...))` is one notebook with one set of parameters. Both ends pickle and nothing global is touched, so any
+`concurrent.futures` executor can run it; `run` does many notebooks, `sweep` one notebook on a grid of parameters.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,9 +18,10 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import RLock
 from pathlib import Path
@@ -28,11 +31,12 @@ import nbconvert
 import nbformat
 import papermill
 import yaml
+from pandas import DataFrame
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from tqdm import tqdm
 
-from gudlib.notebooks import NO_WIDGETS, QUIET, ROOT, parameters_of
+from gudlib.notebooks import NO_WIDGETS, QUIET, ROOT, find, parameters_of
 
 CELL_TIMEOUT = 6 * 3600  # seconds; a training cell of the gpu profile is the longest that there is
 
@@ -116,10 +120,15 @@ class _Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man: NotebookExecutionManager, kernel_name: str, **kwargs: Any) -> None:
         client = PapermillNotebookClient(
-            nb_man, kernel_name=kernel_name, timeout=CELL_TIMEOUT, coalesce_streams=True, extra_arguments=QUIET
+            nb_man,
+            kernel_name=kernel_name,
+            timeout=CELL_TIMEOUT,
+            coalesce_streams=True,
+            extra_arguments=QUIET,
+            resources={"metadata": {"path": str(kwargs["folder"])}},
         )
         client.widget_registry = NO_WIDGETS
-        client.execute()
+        client.execute(env=os.environ | {"GUDLIB_RESULTS": str(kwargs["results"])})
 
 
 papermill_engines.register("gudlib", _Engine)
@@ -141,7 +150,8 @@ def run_job(job: Job) -> Result:
     partial, error = job.out / f"{name}.partial.ipynb", None
     partial.unlink(missing_ok=True)
     options = {
-        "cwd": job.notebook.parent,
+        "folder": job.notebook.parent,  # not `cwd`: papermill would change that of this process, shared by its threads
+        "results": job.out,
         "kernel_name": "python3",
         "language": "python",
         "engine_name": "gudlib",
@@ -149,7 +159,6 @@ def run_job(job: Job) -> Result:
         "autosave_cell_every": 10,
     }
     try:
-        os.environ["GUDLIB_RESULTS"] = str(job.out)  # of the kernel, which inherits it
         papermill.execute_notebook(job.notebook, partial, dict(job.parameters), **options)
     except Exception as caught:  # a cell's error, a dead kernel, a timeout: all are this notebook's failure
         error = caught
@@ -168,10 +177,34 @@ def run_job(job: Job) -> Result:
 
 
 def _key(job: Job) -> str:
-    """What a job's results depend on, hashed: cells, parameters and the code of this package."""
+    """What a job's results depend on, hashed: cells, parameters and those modules of this package that it imports."""
     cells = [(cell.cell_type, cell.source) for cell in nbformat.read(job.notebook, 4).cells]
-    code = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    there = {path.stem: path.read_text() for path in Path(__file__).parent.glob("*.py")}
+    used, queue = {"__init__"}, ["\n".join(source for kind, source in cells if kind == "code")]
+    while queue:
+        found = _imports(queue.pop(), there) - used
+        used |= found
+        queue += [there[name] for name in found]
+    code = [(name, there[name]) for name in sorted(used)]
     return hashlib.sha256(json.dumps([cells, dict(job.parameters), code], sort_keys=True).encode()).hexdigest()
+
+
+def _imports(source: str, there: Collection[str]) -> set[str]:
+    """Modules of this package that a source imports; all of them where it can't be told."""
+    lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+    try:
+        nodes = list(ast.walk(ast.parse("\n".join(lines))))
+    except SyntaxError:
+        return set(there)
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module == "gudlib":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gudlib."):
+            names.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "gudlib" for alias in node.names):
+            return set(there)
+    return names & set(there)
 
 
 def _failure(notebook: Path, error: Exception | None) -> str:
@@ -206,29 +239,120 @@ def run(jobs: Sequence[Job], workers: int = 1) -> list[Result]:
 
     An interrupt ends the workers and their kernels, then raises; the same jobs run again continue.
     """
-    context, results = multiprocessing.get_context("spawn"), {}
-    lines, lock = context.SimpleQueue(), context.RLock()
-    for line in range(1, workers + 1):
-        lines.put(line)
-    tqdm.set_lock(lock)
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit this: to stop them is up to us
-    with (
-        ProcessPoolExecutor(workers, context, _start_worker, (lines, lock, threads)) as pool,
-        tqdm(total=len(jobs), desc="notebooks", unit="notebook", disable=None) as bar,
-    ):
-        futures = {pool.submit(run_job, job): number for number, job in enumerate(jobs)}
-        signal.signal(signal.SIGINT, ours)
+    return _gather(jobs, workers, None, lambda job: job.notebook.stem, lambda: None)
+
+
+def sweep(
+    jobs: Sequence[Job], table: Path, workers: int = 1, executor: Executor | None = None
+) -> tuple[list[Result], DataFrame]:
+    """Run one notebook's jobs, each in a folder of its own, and keep a table with one row for each completed job.
+
+    A row holds the parameters, what the notebook reported (`ledger.report`), and its time, versions and commit. The
+    table is replaced in one step whenever a job is done, so it can be read at any time. Jobs that were completed before
+    with the same parameters and code are not run again but have their row; rows of other jobs are dropped.
+
+    Arguments:
+        jobs: as from `points`.
+        table: the parquet file.
+        workers: processes on this machine.
+        executor: where to run them instead, on machines that share the folder; any of `concurrent.futures`.
+    """
+    rows: dict[Path, dict[str, Any]] = {}
+
+    def keep() -> None:
+        for job in jobs:
+            record = job.out / f"{job.notebook.stem}.json"
+            if job.out not in rows and record.is_file() and (row := _row(job, json.loads(record.read_text()))):
+                rows[job.out] = row
+        ordered = [rows[job.out] for job in jobs if job.out in rows]
+        draft = table.with_name(f"{table.name}.tmp")
+        DataFrame(ordered).to_parquet(draft, index=False)
+        os.replace(draft, table)
+
+    table.parent.mkdir(parents=True, exist_ok=True)
+    results = _gather(jobs, workers, executor, lambda job: job.out.name, keep)
+    keep()
+    return results, DataFrame([rows[job.out] for job in jobs if job.out in rows])
+
+
+def points(grid: Mapping[str, Any], out: Path, fresh: bool = False) -> list[Job]:
+    """The jobs of a sweep, checked without starting a kernel, in the order of its grids; a point given twice runs once.
+
+    Arguments:
+        grid: `notebook`, a name or path; `parameters`, common to all points (optional); `grids`, a list of mappings
+            from parameters to lists of values. Each grid is the product of its lists, the last name running fastest.
+        out: folder for the results; each job has one below it, named by a number that its parameters determine.
+        fresh: run also what was done before.
+
+    Raises:
+        ValueError: for another key or a missing one, a grid without values, an unknown or mistyped parameter.
+    """
+    unknown = sorted(set(grid) - {"notebook", "parameters", "grids"})
+    if unknown or not {"notebook", "grids"} <= set(grid):
+        raise ValueError(f"a sweep needs `notebook` and `grids`, and may have `parameters`; got {', '.join(grid)}")
+    common, grids = grid.get("parameters") or {}, grid["grids"]
+    if not isinstance(grids, list) or not all(isinstance(g, Mapping) for g in grids) or not grids:
+        raise ValueError(f"`grids` must be a list of mappings from parameters to lists of values; got {grids!r}")
+    [notebook] = find([str(grid["notebook"])])
+    jobs: dict[str, Job] = {}
+    for each in grids:
+        lists = {name: values if isinstance(values, list) else [values] for name, values in each.items()}
+        if empty := [name for name, values in lists.items() if not values]:
+            raise ValueError(f"no values for {', '.join(empty)}")
+        for values in itertools.product(*lists.values()):
+            [job] = plan([notebook], out, common | dict(zip(lists, values, strict=True)), fresh=fresh)
+            said = json.dumps(dict(job.parameters), sort_keys=True)
+            name = hashlib.sha256(said.encode()).hexdigest()[:12]
+            jobs.setdefault(name, replace(job, out=out / name))
+    return list(jobs.values())
+
+
+def _row(job: Job, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a completed job contributes to the table; nothing if it is not, or is of other code or parameters."""
+    if record["status"] != "completed" or record["key"] != _key(job):
+        return {}
+    declared = {name: yaml.safe_load(default) for name, (_, default) in parameters_of(job.notebook).items()}
+    report = job.out / job.notebook.stem / "report.json"
+    told = json.loads(report.read_text()) if report.is_file() else {}
+    facts = {name: record[name] for name in ("seconds", "python", "torch", "numpy", "gudlib", "commit", "changed")}
+    return declared | record["parameters"] | told | facts
+
+
+def _gather(
+    jobs: Sequence[Job],
+    workers: int,
+    executor: Executor | None,
+    name: Callable[[Job], str],
+    done: Callable[[], None],
+) -> list[Result]:
+    """The jobs' results, in their order; `done()` is called whenever there is one more."""
+    ours = None
+    if executor is None:
+        context = multiprocessing.get_context("spawn")
+        lines, lock = context.SimpleQueue(), context.RLock()
+        for line in range(1, workers + 1):
+            lines.put(line)
+        tqdm.set_lock(lock)
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit this: to stop them is up to us
+        executor = ProcessPoolExecutor(workers, context, _start_worker, (lines, lock, threads))
+    results: dict[int, Result] = {}
+    own = executor if ours is not None else nullcontext()
+    with own, tqdm(total=len(jobs), desc="notebooks", unit="notebook", disable=None) as bar:
+        futures: dict[Future, int] = {executor.submit(run_job, job): number for number, job in enumerate(jobs)}
+        if ours is not None:
+            signal.signal(signal.SIGINT, ours)
         try:
             for future in as_completed(futures):
                 job, error = jobs[futures[future]], future.exception()  # an error: the worker was killed
                 result = Result(job.notebook.stem, "failed", 0.0, job.out, str(error)) if error else future.result()
                 results[futures[future]] = result
-                bar.write(f"{result.notebook} {result.status}, {result.seconds / 60:.1f} min")
+                bar.write(f"{name(job)} {result.status}, {result.seconds / 60:.1f} min")
                 bar.update()
+                done()
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
+            executor.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children() if ours is not None else ():
                 worker.terminate()
             raise
     return [results[number] for number in range(len(jobs))]

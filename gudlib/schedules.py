@@ -158,7 +158,7 @@ def soft_conditioning(
     order: PerComponent,
     a: float | Float[Tensor, " batch"] = 1.0,
     log_variance: PerComponent | float = 0.0,
-    denoise: float = -7.0,
+    denoise: float | Float[Tensor, " batch"] = -7.0,
     noise: float = 5.0,
     caps: tuple[float, float] | None = None,
 ) -> Schedule:
@@ -172,7 +172,7 @@ def soft_conditioning(
 
     Arguments:
         order: l_i, (c, h, w); higher = noised earlier, generated later.
-        a: inverse softness; a tensor holds one for each image of a batch.
+        a: inverse softness; a tensor holds one for each image of a batch, and so may `denoise` then.
         log_variance: log Var(chi_i(0)) of the white data, (c, h, w); 0 if the prior whitens (`Prior.log_variance`).
         denoise, noise: the values of -log SNR at which the last component starts and the first one ends.
         caps: (lowest, highest) gamma; outside them a component waits or is done.
@@ -180,21 +180,22 @@ def soft_conditioning(
     Raises:
         ValueError: if denoise >= noise, or caps do not rise.
     """
-    _rising(denoise, noise, "noise")
+    _rising(float(torch.as_tensor(denoise).max()), noise, "noise")
     if caps is not None:
         _rising(*caps)
 
     def free(t: Tensor) -> Tensor:
-        steep = (a.to(t)[..., None, None, None] if isinstance(a, Tensor) else a) * order.to(t)  # a l_i
+        each, start = (x.to(t)[..., None, None, None] if isinstance(x, Tensor) else x for x in (a, denoise))
+        steep = each * order.to(t)  # a l_i
         low, high = steep.amin((-3, -2, -1), keepdim=True), steep.amax((-3, -2, -1), keepdim=True)
         shift = log_variance.to(t) if isinstance(log_variance, Tensor) else log_variance
-        return denoise + shift + steep - high + t * (noise - denoise + high - low)
+        return start + shift + steep - high + t * (noise - start + high - low)
 
     shape = (order.shape[0], order.shape[1], order.shape[2])
     if caps is None:
         return Schedule(free, shape)
-    start, end = (free(torch.full((1, 1, 1), t, dtype=torch.float64)) for t in (0.0, 1.0))
-    kinks = torch.stack([(cap - start) / (end - start) for cap in caps])
+    first, last = (free(torch.full((1, 1, 1), t, dtype=torch.float64)) for t in (0.0, 1.0))
+    kinks = torch.stack([(cap - first) / (last - first) for cap in caps])
     return Schedule(lambda t: free(t).clamp(*caps), shape, kinks)
 
 

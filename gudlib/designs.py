@@ -1,0 +1,205 @@
+r"""Designs: one choice on each of the three axes, trained and scored as all others are.
+
+To compare designs, something must be held fixed. The noise on component i, as a variance in units of the data, is
+N_i(t) = S_i^2 e^gamma_i(t), and every design here has the same two ends, whatever happens between them:
+
+    t = 0    max_i N_i = `FINEST`^2: in no direction is more noise left than a third of a grey level;
+    t = 1    the largest eigenvalue of N^(-1/2) C N^(-1/2) is e^-`GONE`, C the data's covariance: no direction is left.
+
+Between them -log SNR_i rises with one slope from offsets a l_i (soft-conditioning, section 5.1), so a design is its
+basis, its prior's exponent r, S_i = Sigma_i^(r/2), and a. Since the schedule fixes the signal-to-noise ratio, r changes
+the end that the noise flows to and the numbers that the network is told, not the path; with one clock gamma(t) common
+to all components, the other reading of "change the prior", the ratio follows the prior, which is a = 1 - r.
+"""
+
+import copy
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from gudlib import bases, likelihood, metrics, networks, priors, samplers
+from gudlib.data import dequantise, scale, to_uint8
+from gudlib.denoiser import Denoiser
+from gudlib.process import Model, Process
+from gudlib.schedules import Schedule, soft_conditioning
+
+FINEST = 1 / 3 * likelihood.GREY_LEVEL  # standard deviation of the noise at t = 0, units of the data
+GONE = 5.0  # -log SNR at t = 1
+CONDITIONINGS = {"time": ("film", 1), "pooled": ("film", 1), "grouped": ("film", 16), "attention": ("attention", 16)}
+
+
+@dataclass(frozen=True)
+class Design:
+    """What is compared.
+
+    Attributes:
+        basis: `pixel`, `pca`, `fourier`, `dct` or `haar`; `plain` is the usual diffusion model: pixels of one mean, one
+            variance and one noise level.
+        r: exponent of the prior, 0 isotropic to 1 whitened.
+        softness: lowest and highest inverse softness `a` in training.
+        conditioning: what the network is told: `time` (t alone), `pooled` (the mean of gamma), `grouped` (the means of
+            16 groups) or `attention` (the same as tokens to attend to).
+    """
+
+    basis: str = "pca"
+    r: float = 1.0
+    softness: tuple[float, float] = (1.0, 1.0)
+    conditioning: str = "grouped"
+
+    def __post_init__(self) -> None:
+        known = ("plain", "pixel", "pca", "fourier", "dct", "haar")
+        if self.basis not in known:
+            raise ValueError(f"basis must be one of {known}; got {self.basis!r}")
+        if self.conditioning not in CONDITIONINGS:
+            raise ValueError(f"conditioning must be one of {tuple(CONDITIONINGS)}; got {self.conditioning!r}")
+        if not 0 <= self.softness[0] <= self.softness[1]:
+            raise ValueError(f"softness must be (lowest, highest), not negative; got {self.softness}")
+
+
+class Setting:
+    """A design on a set of images: basis and prior fitted to them, and the schedule of every `a`.
+
+    Arguments:
+        design: what to build.
+        images: the training data.
+        seed: of their dequantisation.
+
+    Attributes:
+        basis, prior: fitted.
+        noise: -log SNR_i at which the first component ends, the same for all `a` of the design.
+    """
+
+    def __init__(self, design: Design, images: UInt8[Tensor, "n c h w"], seed: int = 0) -> None:
+        self.design, shape = design, (images.shape[1], images.shape[2], images.shape[3])
+        generator = torch.Generator().manual_seed(seed)
+        # Where images are few, several dequantisations keep the smallest variances from being underestimated
+        rounds = math.ceil(4 * images[0].numel() / len(images))
+        data = torch.cat([dequantise(images, generator) for _ in range(rounds)])
+        self.basis = bases.make("pixel" if design.basis == "plain" else design.basis, shape, data)
+        moments = priors.measure(self.basis, data)
+        mean, variance = moments.mean, moments.variance
+        if design.basis == "plain":
+            mean, variance = torch.full_like(mean, float(data.mean())), torch.full_like(mean, float(data.var()))
+        # No component of dequantised data varies less than the uniform noise within a grey level
+        floor = likelihood.GREY_LEVEL**2 / 12 / float(variance.max())
+        self.prior = priors.interpolated(priors.Moments(mean, variance, floor), design.r)
+        self.noise = GONE + max(self._spread(data, a) for a in set(design.softness))
+
+    def schedule(self, a: float | Float[Tensor, " batch"]) -> Schedule:
+        """Soft-conditioning with the common ends; a tensor holds one `a` for each image of a batch."""
+        return soft_conditioning(self.prior.order, a, self.prior.log_variance, self.denoise(a), self.noise)
+
+    def process(self, a: float) -> Process:
+        """The design's process at inverse softness `a`."""
+        return Process(self.basis, self.prior, self.schedule(a))
+
+    def denoise(self, a: float | Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """-log SNR of the last component at t = 0, with which max_i N_i is the finest noise.
+
+        log N_i(0) = denoise - l_i + a (l_i - l_max), which is largest at one end of the ordering.
+        """
+        low, high = self.ends
+        each = torch.as_tensor(a, dtype=torch.float64)
+        return 2 * math.log(FINEST) + each * high - torch.maximum((each - 1) * low, (each - 1) * high)
+
+    def denoiser(self, width: int, seed: int = 0, **network: Any) -> Denoiser:
+        """An untrained denoiser in float32; `network` are options of `networks.UNet`."""
+        torch.manual_seed(seed)
+        kind, count = CONDITIONINGS[self.design.conditioning]
+        basis, prior = copy.deepcopy(self.basis).float(), copy.deepcopy(self.prior).float()
+        net = networks.UNet(
+            basis.shape, bases.groups_by(prior.order, count), 2 * basis.shape[0], width, conditioning=kind, **network
+        )
+        return Denoiser(_Clock(net, self) if self.design.conditioning == "time" else net, basis, prior)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """l_min and l_max of the ordering l_i = -log Sigma_i."""
+        return float(self.prior.order.min()), float(self.prior.order.max())
+
+    def _spread(self, data: Tensor, a: float) -> float:
+        """log of the largest eigenvalue of N^(-1/2) C N^(-1/2) for N_i = Sigma_i e^(a (l_i - l_min))."""
+        order = self.prior.order
+        scale = (-0.5 * order + 0.5 * a * (order - order.min())).exp()
+        white = ((self.basis(data).double() - self.prior.mean) / scale).flatten(1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            largest = torch.svd_lowrank(white.float(), q=6, niter=8)[1][0]
+        return float(2 * largest.log() - math.log(len(white)))
+
+
+class _Clock(nn.Module):
+    """A network that is told t and nothing else, as one level for all components, from -10 to 10."""
+
+    def __init__(self, network: networks.UNet, setting: Setting) -> None:
+        super().__init__()
+        self.network, self.setting = network, setting
+        self.config = {**network.config, "told": "time"}
+
+    def forward(self, images: Tensor, gamma: Tensor) -> Tensor:
+        low, high = self.setting.ends
+        order = self.setting.prior.order.flatten()
+        level = (gamma - self.setting.prior.log_variance.to(gamma)).flatten(1).double()  # -log SNR
+        first, last = level[:, order.argmin()], level[:, order.argmax()]
+        steep = (last - first) / max(high - low, 1e-9)  # the softness of each image
+        start = self.setting.denoise(steep)
+        t = ((last - start) / (self.setting.noise - start + steep * (high - low))).to(gamma)
+        return self.network(images, (20 * t - 10)[:, None, None, None].expand_as(gamma))
+
+
+@torch.no_grad()
+def score(
+    model: Model,
+    process: Process,
+    train: UInt8[Tensor, "n c h w"],
+    test: UInt8[Tensor, "m c h w"],
+    extractor: nn.Module,
+    generated: int = 500,
+    steps: int = 24,
+    draws: int = 8,
+    seed: int = 0,
+) -> tuple[dict[str, float], Float[Tensor, "k c h w"]]:
+    """Every number that designs are compared by, and the generated images.
+
+    Arguments:
+        model, process: what to score.
+        train: images that generated ones are compared with (distances, memorisation).
+        test: held-out images, whose likelihood is bounded. Dequantisation, times and noise are the same for all designs
+            of one seed.
+        extractor: of features, see `metrics.features`.
+        generated: number of samples.
+        steps: of Heun's method, two model calls each.
+        draws: estimates of each image's bound.
+        seed: of noise.
+    """
+    start, device = time.perf_counter(), process.prior.mean.device
+    data = dequantise(test, torch.Generator().manual_seed(0)).to(device)
+    found = likelihood.bound(model, process, data, draws, seed=seed, importance=True)
+    nats = found.dims * math.log(2)
+    middle, generator = time.perf_counter(), torch.Generator(device).manual_seed(seed)
+    parts = [
+        samplers.sample(model, process, len(part), steps, "heun", generator).data.cpu()
+        for part in torch.arange(generated).split(250)
+    ]
+    images, end = scale(to_uint8(torch.cat(parts))), time.perf_counter()
+    real, held_out = scale(train), scale(test)
+    covered = metrics.coverage(real[: len(images)], images, extractor)
+    return {
+        "bits": found.bits,
+        "probe_error": found.probe_error,
+        "image_error": found.image_error,
+        "path_bits": float(found.path.sum(-1).mean()) / nats,
+        "prior_bits": float(found.prior.mean()) / nats,
+        "frechet": metrics.frechet(real, images, extractor).value,
+        "spectrum": metrics.spectrum_error(real, images),
+        "precision": covered.precision,
+        "recall": covered.recall,
+        "memorised": metrics.memorised(images, real, held_out),
+        "score_seconds": middle - start,
+        "sample_seconds": end - middle,
+    }, images
