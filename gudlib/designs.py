@@ -108,13 +108,16 @@ class Setting:
         return 2 * math.log(FINEST) + each * high - torch.maximum((each - 1) * low, (each - 1) * high)
 
     def denoiser(self, width: int, seed: int = 0, **network: Any) -> Denoiser:
-        """An untrained denoiser in float32; `network` are options of `networks.UNet`."""
-        torch.manual_seed(seed)
+        """An untrained denoiser in float32; `network` are options of `networks.UNet`.
+
+        Its weights are drawn by torch's global generator, which is left as it was.
+        """
         kind, count = CONDITIONINGS[self.design.conditioning]
         basis, prior = copy.deepcopy(self.basis).float(), copy.deepcopy(self.prior).float()
-        net = networks.UNet(
-            basis.shape, bases.groups_by(prior.order, count), 2 * basis.shape[0], width, conditioning=kind, **network
-        )
+        groups = bases.groups_by(prior.order, count)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            net = networks.UNet(basis.shape, groups, 2 * basis.shape[0], width, conditioning=kind, **network)
         return Denoiser(_Clock(net, self) if self.design.conditioning == "time" else net, basis, prior)
 
     @property

@@ -111,7 +111,8 @@ class Normal:
     width = GREY_LEVEL
 
     def __init__(self, process: Process) -> None:
-        self.gamma, self.c = process.schedule.gamma(torch.zeros((), dtype=torch.float64)), _variance(process)
+        self.c = _variance(process)
+        self.gamma = process.schedule.gamma(torch.zeros((), dtype=torch.float64)).to(self.c)
         self.ratio = self.gamma.exp() / self.c
         self.constant = math.log(2 * math.pi) + self.gamma - self.ratio.log1p()  # log 2 pi v
         self.volume = float(process.prior.log_volume)
@@ -142,8 +143,9 @@ class Discrete:
     width, volume = 1.0, 0.0
 
     def __init__(self, process: Process) -> None:
-        self.process, self.gamma = process, process.schedule.gamma(torch.zeros((), dtype=torch.float64))
-        pixel = self.gamma + 2 * process.prior.scale.double().log()
+        self.process, scales = process, process.prior.scale.double()
+        self.gamma = process.schedule.gamma(torch.zeros((), dtype=torch.float64)).to(scales)
+        pixel = self.gamma + 2 * scales.log()
         low, high = float(pixel.min()), float(pixel.max())
         if high - low > 1e-6:
             raise ValueError(
@@ -241,7 +243,7 @@ def bound(
     end = process.schedule.gamma(torch.ones((), dtype=torch.float64)).to(white)
     left = 0.5 * (torch.sigmoid(-end) * white.square() + torch.sigmoid(end) - 1 + torch.nn.functional.softplus(-end))
     return Likelihood(
-        prior=left.flatten(1).sum(1).expand(draws, n),
+        prior=left.flatten(1).sum(1).cpu().expand(draws, n),
         path=torch.stack([draw["path"] for draw in found]),
         decoder=torch.stack([draw["decoder"] for draw in found]),
         volume=decode.volume,
@@ -391,8 +393,8 @@ def _spread(u: Float[Tensor, " n"], before: list[dict[str, Tensor]]) -> tuple[Te
     """Times of a density for uniform `u`, and that density: flat, or as the draws before suggest."""
     if not before:
         return u, torch.ones_like(u)
-    place = (torch.cat([draw["time"] for draw in before]) * BINS).long()
-    square = torch.cat([draw["size"] for draw in before]).square()
+    place = (torch.cat([draw["time"] for draw in before]).to(u) * BINS).long()
+    square = torch.cat([draw["size"] for draw in before]).to(u).square()
     count = torch.bincount(place, minlength=BINS)
     mean = torch.bincount(place, square, minlength=BINS) / count.clamp(min=1)
     size = torch.where(count > 0, mean, square.mean()).sqrt()
@@ -433,7 +435,7 @@ def _collect(
             done[int(j)][part] = value
     bar = tqdm(total=count, initial=min(len(done), count), desc="likelihood", disable=not progress)
     for j in range(len(done), count):
-        done.append(one(j, done))
+        done.append({name: value.cpu() for name, value in one(j, done).items()})
         bar.update()
         if store is not None:
             write_tensors(store, {f"{i}.{k}": v for i, d in enumerate(done) for k, v in d.items()}, {"key": key})

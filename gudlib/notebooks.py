@@ -76,10 +76,11 @@ def title(notebook: Path) -> str:
 
 
 def navigation(notebook: Path) -> str:
-    """Markdown links from a notebook of the book to the one before, the README and the one after."""
-    paths = book()
+    """Markdown links from a notebook to the README and, in the book, to the one before and the one after."""
+    paths, links = book(), ["[README](../README.md)"]
+    if notebook not in paths:
+        return links[0]
     here = paths.index(notebook)
-    links = ["[README](../README.md)"]
     if here:
         links.insert(0, f"[← {title(paths[here - 1])}]({paths[here - 1].name})")
     if here + 1 < len(paths):
@@ -88,7 +89,7 @@ def navigation(notebook: Path) -> str:
 
 
 def refresh(notebook: Path) -> None:
-    """Execute a notebook of the book and write it back, its navigation bar up to date.
+    """Execute a notebook and write it back, its navigation bar up to date.
 
     Raises:
         nbclient.exceptions.CellExecutionError: if a cell fails; the file stays as it was.

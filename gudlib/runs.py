@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -18,7 +19,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -85,7 +86,7 @@ def plan(
     for notebook, types in declared.items():
         entries = [f"{name}: {hint} = {default}" for name, (hint, default) in types.items()]
         accepted += f"\n  {notebook.stem}: {', '.join(entries) or 'none'}"
-    unknown = sorted(set(parameters).difference(*declared.values()))
+    unknown = sorted(map(str, set(parameters).difference(*declared.values())))
     if unknown:
         raise ValueError(f"unknown parameter {', '.join(unknown)}{accepted}")
     if len({notebook.stem for notebook in notebooks}) < len(notebooks):
@@ -146,7 +147,8 @@ def run_job(job: Job) -> Result:
         if (before["key"], before["status"]) == (key, "completed"):
             return Result(name, "skipped", before["seconds"], output)
     job.out.mkdir(parents=True, exist_ok=True)
-    record.unlink(missing_ok=True)
+    for old in (record, job.out / name / "report.json"):
+        old.unlink(missing_ok=True)
     partial, error = job.out / f"{name}.partial.ipynb", None
     partial.unlink(missing_ok=True)
     options = {
@@ -182,20 +184,21 @@ def _key(job: Job) -> str:
     there = {path.stem: path.read_text() for path in Path(__file__).parent.glob("*.py")}
     used, queue = {"__init__"}, ["\n".join(source for kind, source in cells if kind == "code")]
     while queue:
-        found = _imports(queue.pop(), there) - used
+        found = _imports(queue.pop(), frozenset(there)) - used
         used |= found
         queue += [there[name] for name in found]
     code = [(name, there[name]) for name in sorted(used)]
     return hashlib.sha256(json.dumps([cells, dict(job.parameters), code], sort_keys=True).encode()).hexdigest()
 
 
-def _imports(source: str, there: Collection[str]) -> set[str]:
+@functools.cache  # the points of a sweep share their notebook
+def _imports(source: str, there: frozenset[str]) -> frozenset[str]:
     """Modules of this package that a source imports; all of them where it can't be told."""
     lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
     try:
         nodes = list(ast.walk(ast.parse("\n".join(lines))))
     except SyntaxError:
-        return set(there)
+        return there
     names: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module == "gudlib":
@@ -203,8 +206,8 @@ def _imports(source: str, there: Collection[str]) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gudlib."):
             names.add(str(node.module).split(".")[1])
         elif isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "gudlib" for alias in node.names):
-            return set(there)
-    return names & set(there)
+            return there
+    return there if "*" in names else there & names
 
 
 def _failure(notebook: Path, error: Exception | None) -> str:
@@ -239,7 +242,7 @@ def run(jobs: Sequence[Job], workers: int = 1) -> list[Result]:
 
     An interrupt ends the workers and their kernels, then raises; the same jobs run again continue.
     """
-    return _gather(jobs, workers, None, lambda job: job.notebook.stem, lambda: None)
+    return _gather(jobs, workers, None, lambda job: job.notebook.stem, lambda job: None)
 
 
 def sweep(
@@ -259,20 +262,18 @@ def sweep(
     """
     rows: dict[Path, dict[str, Any]] = {}
 
-    def keep() -> None:
-        for job in jobs:
-            record = job.out / f"{job.notebook.stem}.json"
-            if job.out not in rows and record.is_file() and (row := _row(job, json.loads(record.read_text()))):
-                rows[job.out] = row
-        ordered = [rows[job.out] for job in jobs if job.out in rows]
+    def keep(done: Iterable[Job]) -> DataFrame:
+        rows.update({job.out: _row(job) for job in done})
+        frame = DataFrame([rows[job.out] for job in jobs if rows.get(job.out)])
         draft = table.with_name(f"{table.name}.tmp")
-        DataFrame(ordered).to_parquet(draft, index=False)
+        frame.to_parquet(draft, index=False)
         os.replace(draft, table)
+        return frame
 
     table.parent.mkdir(parents=True, exist_ok=True)
-    results = _gather(jobs, workers, executor, lambda job: job.out.name, keep)
-    keep()
-    return results, DataFrame([rows[job.out] for job in jobs if job.out in rows])
+    keep(job for job in jobs if not job.fresh)
+    results = _gather(jobs, workers, executor, lambda job: job.out.name, lambda job: keep([job]))
+    return results, keep([])
 
 
 def points(grid: Mapping[str, Any], out: Path, fresh: bool = False) -> list[Job]:
@@ -282,40 +283,56 @@ def points(grid: Mapping[str, Any], out: Path, fresh: bool = False) -> list[Job]
         grid: `notebook`, a name or path; `parameters`, common to all points (optional); `grids`, a list of mappings
             from parameters to lists of values. Each grid is the product of its lists, the last name running fastest.
         out: folder for the results; each job has one below it, named by a number that its parameters determine.
+            Parameters that the grid leaves out are written down with their defaults, so that it is the same point
+            whichever way it is given.
         fresh: run also what was done before.
 
     Raises:
         ValueError: for another key or a missing one, a grid without values, an unknown or mistyped parameter.
     """
-    unknown = sorted(set(grid) - {"notebook", "parameters", "grids"})
-    if unknown or not {"notebook", "grids"} <= set(grid):
-        raise ValueError(f"a sweep needs `notebook` and `grids`, and may have `parameters`; got {', '.join(grid)}")
+    if set(grid) - {"parameters"} != {"notebook", "grids"}:
+        got = ", ".join(map(str, grid)) or "nothing"
+        raise ValueError(f"a sweep needs `notebook` and `grids`, and may have `parameters`; got {got}")
     common, grids = grid.get("parameters") or {}, grid["grids"]
+    if not isinstance(common, dict):
+        raise ValueError(f"`parameters` must be a mapping from parameters to values; got {common!r}")
     if not isinstance(grids, list) or not all(isinstance(g, Mapping) for g in grids) or not grids:
         raise ValueError(f"`grids` must be a list of mappings from parameters to lists of values; got {grids!r}")
     [notebook] = find([str(grid["notebook"])])
+    told = {name: _value(default) for name, (_, default) in parameters_of(notebook).items()}
+    defaults = {name: value for name, value in told.items() if value is not None}
     jobs: dict[str, Job] = {}
     for each in grids:
         lists = {name: values if isinstance(values, list) else [values] for name, values in each.items()}
         if empty := [name for name, values in lists.items() if not values]:
             raise ValueError(f"no values for {', '.join(empty)}")
         for values in itertools.product(*lists.values()):
-            [job] = plan([notebook], out, common | dict(zip(lists, values, strict=True)), fresh=fresh)
+            [job] = plan([notebook], out, defaults | common | dict(zip(lists, values, strict=True)), fresh=fresh)
             said = json.dumps(dict(job.parameters), sort_keys=True)
             name = hashlib.sha256(said.encode()).hexdigest()[:12]
             jobs.setdefault(name, replace(job, out=out / name))
     return list(jobs.values())
 
 
-def _row(job: Job, record: Mapping[str, Any]) -> dict[str, Any]:
+def _row(job: Job) -> dict[str, Any]:
     """What a completed job contributes to the table; nothing if it is not, or is of other code or parameters."""
-    if record["status"] != "completed" or record["key"] != _key(job):
+    path = job.out / f"{job.notebook.stem}.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if record.get("status") != "completed" or record["key"] != _key(job):
         return {}
-    declared = {name: yaml.safe_load(default) for name, (_, default) in parameters_of(job.notebook).items()}
-    report = job.out / job.notebook.stem / "report.json"
-    told = json.loads(report.read_text()) if report.is_file() else {}
+    told: dict[str, Any] = {}
+    for report in sorted(job.out.glob("*/report.json")):  # under whatever name it gave itself
+        told |= json.loads(report.read_text())
     facts = {name: record[name] for name in ("seconds", "python", "torch", "numpy", "gudlib", "commit", "changed")}
-    return declared | record["parameters"] | told | facts
+    return record["parameters"] | told | facts
+
+
+def _value(default: str) -> Any:
+    """What a parameter's default says, as written in Python; None for an expression that is no literal."""
+    try:
+        return ast.literal_eval(default)
+    except (ValueError, SyntaxError):
+        return None
 
 
 def _gather(
@@ -323,9 +340,9 @@ def _gather(
     workers: int,
     executor: Executor | None,
     name: Callable[[Job], str],
-    done: Callable[[], None],
+    done: Callable[[Job], Any],
 ) -> list[Result]:
-    """The jobs' results, in their order; `done()` is called whenever there is one more."""
+    """The jobs' results, in their order; `done` is called with each job that is finished."""
     ours = None
     if executor is None:
         context = multiprocessing.get_context("spawn")
@@ -349,7 +366,7 @@ def _gather(
                 results[futures[future]] = result
                 bar.write(f"{name(job)} {result.status}, {result.seconds / 60:.1f} min")
                 bar.update()
-                done()
+                done(job)
         except KeyboardInterrupt:
             executor.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children() if ours is not None else ():

@@ -1,5 +1,10 @@
-"""The runner: what it refuses before a kernel starts, what a failure leaves behind, what a second run does."""
+"""The runner: what it refuses before a kernel starts, what a failure leaves behind, what a second run does.
 
+A sweep is the same for one notebook and many points, and its table tells the truth at any time.
+"""
+
+import contextlib
+import io
 import json
 import os
 import signal
@@ -7,14 +12,17 @@ import subprocess
 import sys
 import time
 import unittest.mock as mock
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
+import pandas
 import psutil
 import pytest
+import yaml
 
-from gudlib import notebooks, runs
+from gudlib import __main__, notebooks, runs
 
 PARAMETERS = """steps: int = 2  # how many
 rate: float = 1e-3
@@ -25,17 +33,17 @@ sizes: list[float] = [1.0]"""
 
 def write(path: Path, *codes: str, parameters: str = PARAMETERS) -> Path:
     cell = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
-    cells = [nbformat.v4.new_markdown_cell("# 00 · Title"), cell, *map(nbformat.v4.new_code_cell, codes)]
+    cells = [nbformat.v4.new_markdown_cell("# 00 · Title\n\nSome prose."), cell, *map(nbformat.v4.new_code_cell, codes)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=notebooks.METADATA), path)
     return path
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "gudlib", "run", *map(str, arguments)]
+def command(*arguments: object, name: str = "run") -> list[str]:
+    return [sys.executable, "-m", "gudlib", name, *map(str, arguments)]
 
 
-def gudlib(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
+def gudlib(*arguments: object, name: str = "run") -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments, name=name), capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +161,10 @@ def test_notebooks_are_found_by_number_name_and_path(tmp_path, monkeypatch):
     assert notebooks.find(["02", "00_first", str(second)]) == [second, first, second]
     with pytest.raises(ValueError, match="no notebook .*03; there are .*: 00_first, 02_second"):
         notebooks.find(["03"])
+    extra = write(tmp_path / "extra.ipynb")
+    assert notebooks.find(["extra", "02"]) == [extra, second] and notebooks.find() == [first, second]
+    with pytest.raises(ValueError, match="no notebook ex; there are .*: 00_first, 02_second, extra$"):
+        notebooks.find(["ex"])
 
 
 def test_an_interrupt_ends_cleanly_and_the_next_run_continues(tmp_path):
@@ -214,3 +226,366 @@ def test_a_refresh_repeats_itself_and_sets_the_navigation(tmp_path, monkeypatch)
     with pytest.raises(Exception, match="ZeroDivisionError"):
         notebooks.refresh(first)
     assert first.read_bytes() == content and not list(tmp_path.glob("*.tmp"))
+
+
+# Sweeps: the points
+
+
+def values(jobs: list[runs.Job]) -> list[dict]:
+    return [dict(job.parameters) for job in jobs]
+
+
+def test_a_sweep_is_the_union_of_products_in_their_order_without_repeats(tmp_path):
+    notebook = write(tmp_path / "a.ipynb")
+    first = {"steps": [3, 1], "sizes": [[0.0], [1.0, 2]]}
+    second = {"sizes": [[1, 2.0]], "steps": [4, "1"], "rate": "1e-2"}
+    jobs = runs.points({"notebook": notebook, "parameters": {"rate": 1e-2}, "grids": [first, second]}, tmp_path)
+    rest = {"name": "x", "loud": False}  # defaults
+    assert values(jobs) == [
+        rest | {"rate": 0.01, "steps": 3, "sizes": [0.0]},
+        rest | {"rate": 0.01, "steps": 3, "sizes": [1.0, 2.0]},
+        rest | {"rate": 0.01, "steps": 1, "sizes": [0.0]},
+        rest | {"rate": 0.01, "steps": 1, "sizes": [1.0, 2.0]},  # the second grid has it again
+        rest | {"rate": 0.01, "steps": 4, "sizes": [1.0, 2.0]},
+    ]
+    assert len({job.out for job in jobs}) == 5 and {job.out.parent for job in jobs} == {tmp_path}
+    alone = runs.points({"notebook": notebook, "grids": [{"rate": 0.01, "steps": 4, "sizes": [[1, 2]]}]}, tmp_path)
+    assert alone == jobs[4:]  # the folder depends on the parameters, not on the other points
+    spelt = [{"loud": False, "rate": 0.01, "steps": 4, "sizes": [[1, 2]]}]
+    assert runs.points({"notebook": notebook, "grids": spelt}, tmp_path) == alone  # nor on defaults written down
+    over = {"notebook": notebook, "parameters": {"steps": 7, "name": "x"}, "grids": [{}, {"steps": [1, 8]}]}
+    assert [job["steps"] for job in values(runs.points(over, tmp_path))] == [7, 1, 8]
+    assert not any(job.fresh for job in jobs) and runs.points(over, tmp_path, fresh=True)[2].fresh
+
+
+BAD_GRIDS = [
+    ("grids: [{stps: [1]}]", "unknown parameter stps; accepted are:\n  a: steps: int = 2, rate: float = 1e-3"),
+    ("grids: [{steps: [1]}, {stps: [1]}]", "unknown parameter stps; accepted are:\n  a: steps: int = 2"),
+    ("grids: [{1: [1]}]", "unknown parameter 1; accepted are:\n  a: steps: int = 2"),
+    ("grids: [{steps: [1, 2.5]}]", "mistyped parameter of a: 2.5 is not int; accepted are:"),
+    ("grids: [{sizes: [0.0, 1.0]}]", "mistyped parameter of a: 0.0 is not list[float]; accepted are:"),
+    ("parameters: {loud: 3}\ngrids: [{steps: [1]}]", "mistyped parameter of a: 3 is not bool; accepted are:"),
+    ("parameters: [steps]\ngrids: [{steps: [1]}]", "`parameters` must be a mapping from parameters to values; got ["),
+    ("grids: [{rate: [0.1], steps: []}]", "no values for steps"),
+    ("grids: []", "`grids` must be a list of mappings from parameters to lists of values; got []"),
+    ("grids: {steps: [1]}", "`grids` must be a list of mappings from parameters to lists of values; got {'steps'"),
+    ("grids: [steps]", "`grids` must be a list of mappings from parameters to lists of values; got ['steps']"),
+    ("parameters: {}", "needs `notebook` and `grids`, and may have `parameters`; got notebook, parameters"),
+    ("grids: [{}]\nparametrs: {}", "and may have `parameters`; got notebook, grids, parametrs"),
+    ("grids: [{}]\n1: {}", "and may have `parameters`; got notebook, grids, 1"),
+    ("grids: [{}", "expected ',' or ']'"),
+]
+
+
+@pytest.mark.parametrize(("text", "complaint"), BAD_GRIDS)
+def test_a_wrong_grid_exits_2_before_anything_starts(tmp_path, monkeypatch, capsys, text, complaint):
+    monkeypatch.setattr("jupyter_client.manager.KernelManager.start_kernel", pytest.fail)
+    monkeypatch.setattr(runs, "sweep", pytest.fail)
+    (tmp_path / "grid.yaml").write_text(f"notebook: {write(tmp_path / 'a.ipynb')}\n{text}\n")
+    assert __main__.main(["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and complaint in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_without_its_file_or_notebook_exits_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "sweep", pytest.fail)
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "no.yaml").write_text("notebook: nothing\ngrids: [{}]\n")
+    (tmp_path / "bare.yaml").write_text("grids: [{}]\n")
+    (tmp_path / "good.yaml").write_text(f"notebook: {write(tmp_path / 'a.ipynb')}\ngrids: [{{}}]\n")
+    for arguments, complaint in [
+        (["missing.yaml"], "No such file or directory: 'missing.yaml'"),
+        (["list.yaml"], "list.yaml holds no lines `name: value`"),
+        (["no.yaml"], "no notebook nothing; there are"),
+        (["bare.yaml"], "a sweep needs `notebook` and `grids`, and may have `parameters`; got grids"),
+        (["good.yaml", "--jobs", "0"], "--jobs must be at least 1; got 0"),
+    ]:
+        assert __main__.main(["sweep", *arguments]) == 2
+        assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+# Sweeps: what a point depends on
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("x = 1", ""),
+        ("from gudlib import designs", "designs bases data"),
+        ("from gudlib import designs as d, ledger", "designs bases data ledger"),
+        ("def f():\n    from gudlib.designs import Design", "designs bases data"),
+        ("%matplotlib inline\n!ls\nfrom gudlib import bases", "bases"),
+        ("# from gudlib import designs\nimport os, torch\nfrom pathlib import Path", ""),
+        ("x = !ls", "designs bases data ledger doctor"),  # not Python: anything may be used
+        ("import gudlib", "designs bases data ledger doctor"),
+        ("import os, gudlib.bases as b", "designs bases data ledger doctor"),
+        ("from gudlib import *", "designs bases data ledger doctor"),
+    ],
+)
+def test_a_point_depends_on_the_modules_that_its_notebook_imports(tmp_path, monkeypatch, source, expected):
+    sources = {"__init__": "", "bases": "import math", "data": "", "ledger": "", "doctor": "from gudlib import data"}
+    sources["designs"] = "from gudlib import bases\nfrom gudlib.data import scale"
+    for name, text in sources.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    job = runs.Job(write(tmp_path / "a.ipynb", source, "y = 2"), tmp_path, {"steps": 1, "rate": 0.5})
+    key, changed = runs._key(job), set()
+    for name, text in sources.items():
+        (tmp_path / f"{name}.py").write_text(text + "\n# changed")
+        changed |= {name} if runs._key(job) != key else set()
+        (tmp_path / f"{name}.py").write_text(text)
+    assert changed == {"__init__", *expected.split()}
+    assert runs._key(runs.Job(job.notebook, tmp_path / "elsewhere", {"rate": 0.5, "steps": 1}, fresh=True)) == key
+    assert runs._key(runs.Job(job.notebook, tmp_path, {"steps": 2, "rate": 0.5})) != key
+    assert runs._key(runs.Job(write(tmp_path / "a.ipynb", source, "y = 3"), tmp_path, job.parameters)) != key
+
+
+# Sweeps: the table, with notebooks that are only said to run
+
+
+@pytest.fixture
+def pretend(tmp_path, monkeypatch):
+    """A sweep of steps = 1, 2, 3 whose notebooks cost nothing; `pretend.ran` is what ran, `pretend.bad` fails."""
+    told = mock.Mock(ran=[], bad=set(), report=lambda parameters: {"square": parameters["steps"] ** 2})
+
+    def execute(source, target, parameters, **options):
+        content = nbformat.read(source, 4)
+        told.ran.append(parameters["steps"])
+        for cell in content.cells:
+            cell.metadata.papermill = {"status": "completed", "start_time": "now"}
+        nbformat.write(content, target)
+        if parameters["steps"] in told.bad:
+            raise RuntimeError("this one is bad")
+        if report := told.report(parameters):
+            folder = options["results"] / told.name
+            folder.mkdir(exist_ok=True)
+            (folder / "report.json").write_text(json.dumps(report))
+
+    def sweep(steps=(1, 2, 3), fresh=False):
+        """The status of each point, the table, and what ran."""
+        told.ran = []
+        grid = {"notebook": tmp_path / "a.ipynb", "grids": [{"steps": list(steps)}]}
+        with ThreadPoolExecutor(1) as executor:
+            jobs = runs.points(grid, tmp_path / "out", fresh)
+            results, frame = runs.sweep(jobs, tmp_path / "out/table.parquet", executor=executor)
+        pandas.testing.assert_frame_equal(frame, read(tmp_path / "out/table.parquet"))
+        return [result.status for result in results], frame, told.ran
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    monkeypatch.setattr("nbconvert.HTMLExporter.from_filename", lambda *_: ("", {}))
+    monkeypatch.setattr(runs, "_git", lambda *_: "")
+    write(tmp_path / "a.ipynb", "from gudlib import ledger")
+    told.name, told.sweep = "a", sweep
+    return told
+
+
+def read(path: Path) -> pandas.DataFrame:
+    """The table, lists as lists; and nothing lies beside it but the points' folders."""
+    assert [entry for entry in path.parent.iterdir() if not entry.is_dir()] == [path]
+    frame = pandas.read_parquet(path)
+    return frame.map(lambda value: value.tolist() if hasattr(value, "tolist") else value)
+
+
+def test_what_is_done_is_not_run_again_until_it_changes(tmp_path, pretend):
+    assert pretend.sweep()[0::2] == (["completed"] * 3, [1, 2, 3])
+    status, frame, ran = pretend.sweep()
+    assert (status, ran) == (["skipped"] * 3, []) and frame.square.tolist() == [1, 4, 9]
+    status, frame, ran = pretend.sweep((4, 2))  # rows of other points are dropped, in the order that is asked for
+    assert (status, ran) == (["completed", "skipped"], [4]) and frame.steps.tolist() == [4, 2]
+    assert pretend.sweep()[0::2] == (["skipped"] * 3, [])  # but not what they found
+    write(tmp_path / "a.ipynb", "from gudlib import ledger", "# changed")
+    pretend.bad = {2}
+    status, frame, ran = pretend.sweep()
+    assert (status, ran) == (["completed", "failed", "completed"], [1, 2, 3])
+    assert frame.steps.tolist() == [1, 3]  # the row of point 2 was of other code
+
+
+def test_rows_of_other_code_are_gone_before_the_first_point_is_done(tmp_path, pretend):
+    pretend.sweep()
+    write(tmp_path / "a.ipynb", "from gudlib import ledger", "# changed")
+    pretend.report = lambda parameters: {"seen": len(read(tmp_path / "out/table.parquet")), "square": 0}
+    _, frame, _ = pretend.sweep((1,))
+    assert frame.seen.tolist() == [0]
+
+
+def test_a_changed_module_runs_those_again_that_import_it(tmp_path, monkeypatch, pretend):
+    package = tmp_path / "package"
+    package.mkdir()
+    for path in Path(runs.__file__).parent.glob("*.py"):
+        (package / path.name).write_text(path.read_text())
+    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
+    pretend.sweep((1, 2))
+    for name, status in (("doctor", "skipped"), ("ledger", "completed")):
+        (package / f"{name}.py").write_text("# changed")
+        assert pretend.sweep((1, 2))[0] == [status] * 2
+
+
+def test_a_failing_point_has_no_row_and_runs_alone_once_mended(pretend):
+    pretend.bad = {2}
+    status, frame, _ = pretend.sweep()
+    assert status == ["completed", "failed", "completed"] and frame.square.tolist() == [1, 9]
+    assert pretend.sweep()[0::2] == (["skipped", "failed", "skipped"], [2])
+    pretend.bad = set()
+    status, frame, ran = pretend.sweep()
+    assert (status, ran) == (["skipped", "completed", "skipped"], [2]) and frame.square.tolist() == [1, 4, 9]
+
+
+def test_fresh_runs_all_again_and_keeps_no_row_of_before(tmp_path, pretend):
+    pretend.sweep()
+    pretend.bad, pretend.report = {2}, lambda parameters: {"square": -parameters["steps"]}
+    status, frame, ran = pretend.sweep(fresh=True)
+    assert (status, ran) == (["completed", "failed", "completed"], [1, 2, 3])
+    assert frame.square.tolist() == [-1, -3]
+    pretend.report = lambda parameters: {"seen": len(read(tmp_path / "out/table.parquet"))}
+    assert pretend.sweep((3,), fresh=True)[1].seen.tolist() == [0]
+
+
+def test_a_row_has_the_report_of_its_own_run_under_any_name(tmp_path, pretend):
+    pretend.name = "07"
+    assert pretend.sweep()[1].square.tolist() == [1, 4, 9]
+    pretend.name = "a"
+    write(tmp_path / "b.ipynb").replace(tmp_path / "a.ipynb")
+    pretend.sweep((5,))
+    pretend.report = lambda _: None
+    write(tmp_path / "a.ipynb", "# reports nothing any more")
+    assert "square" not in pretend.sweep((5,))[1]
+
+
+def test_defaults_and_reports_keep_their_kinds(tmp_path, pretend):
+    lines = "steps: int = 2\nrate: float = 1e-3\nname: str = 'x'\nloud: bool = False\nsizes: list[float] = []"
+    write(tmp_path / "a.ipynb", parameters=f"{lines}\nbig: int = 60_000\nsquare: int = 2 ** 3")
+    pretend.report = lambda parameters: {"a": [0.5] * parameters["steps"], "nothing": [], "gap": float("nan")}
+    pretend.sweep((1, 2))
+    row = read(tmp_path / "out/table.parquet").iloc[1]
+    assert (row.steps, row.rate, row["name"], row.loud, row.sizes) == (2, 0.001, "x", False, [])
+    assert row.big == 60_000 and (row.a, row.nothing) == ([0.5, 0.5], [])
+    assert row.gap != row.gap and "square" not in row  # no literal: left to the notebook
+
+
+def test_a_table_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, pretend):
+    pretend.sweep((1, 2))
+
+    def fail(frame, path, **_):
+        path.write_bytes(b"PAR1")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pandas.DataFrame, "to_parquet", fail)
+    with pytest.raises(OSError, match="disk full"):
+        pretend.sweep()
+    assert pandas.read_parquet(tmp_path / "out/table.parquet").steps.tolist() == [1, 2]
+
+
+# Sweeps: with kernels
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess, Path]:
+    """One sweep of three points, the first of which fails; the command runs in this process, to save time."""
+    folder = tmp_path_factory.mktemp("swept")
+    bad = "from pathlib import Path\nassert steps < 3 or Path('mended').exists(), 'three'"
+    report = "from gudlib import ledger\nledger.report('tiny', {'sum': sum(sizes), 'doubled': [2 * x for x in sizes]})"
+    write(folder / "tiny.ipynb", bad, report)
+    grids = "[{steps: [3, 1], sizes: [[1.0, 2.0]]}, {steps: 1, sizes: [[1.0, 2.0], []]}]"
+    (folder / "grid.yaml").write_text(f"notebook: {folder}/tiny.ipynb\nparameters: {{name: '7'}}\ngrids: {grids}\n")
+    arguments, output, errors = ["sweep", str(folder / "grid.yaml"), "--jobs", "1"], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        code = __main__.main([*arguments, "--out", str(folder / "out")])
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue()), folder
+
+
+def test_a_sweep_leaves_a_table_with_a_row_for_each_completed_point(swept):
+    done, folder = swept
+    frame = read(folder / "out/grid.parquet")
+    assert done.returncode == 1
+    assert f"2 rows in {folder}/out/grid.parquet, 1 failed" in done.stdout
+    [failed] = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    bad, *good = runs.points(yaml.safe_load((folder / "grid.yaml").read_text()), folder / "out")
+    assert failed == f"failed: {bad.out}/tiny.ipynb, cell [3] `from pathlib import Path`: AssertionError: three"
+    declared = ["steps", "rate", "name", "loud", "sizes"]
+    assert frame[declared].to_dict("records") == [
+        {"steps": 1, "rate": 0.001, "name": "7", "loud": False, "sizes": [1.0, 2.0]},
+        {"steps": 1, "rate": 0.001, "name": "7", "loud": False, "sizes": []},
+    ]
+    assert frame["sum"].tolist() == [3.0, 0.0] and frame.doubled.tolist() == [[2.0, 4.0], []]
+    facts = ["seconds", "python", "torch", "numpy", "gudlib", "commit", "changed"]
+    assert list(frame) == [*declared, "sum", "doubled", *facts]
+    for job, row in zip(good, frame.to_dict("records"), strict=True):
+        record = json.loads((job.out / "tiny.json").read_text())
+        assert {name: row[name] for name in facts} == {name: record[name] for name in facts} and row["seconds"] > 0
+
+
+def test_a_mended_point_runs_alone_in_another_process_too(swept, monkeypatch):
+    _, folder = swept
+    (folder / "mended").touch()
+    jobs = runs.points(yaml.safe_load((folder / "grid.yaml").read_text()), folder / "out")
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        results, frame = runs.sweep(jobs, folder / "out/grid.parquet", executor=executor)
+    assert [result.status for result in results] == ["completed", "skipped", "skipped"]
+    assert frame.steps.tolist() == [3, 1, 1] and frame["sum"].tolist() == [3.0, 3.0, 0.0]
+    monkeypatch.setattr("jupyter_client.manager.KernelManager.start_kernel", pytest.fail)
+    with ThreadPoolExecutor(1) as executor:
+        results, frame = runs.sweep(jobs, folder / "out/grid.parquet", executor=executor)
+    assert [result.status for result in results] == ["skipped"] * 3 and frame["sum"].tolist() == [3.0, 3.0, 0.0]
+
+
+def test_threads_of_one_process_keep_their_points_apart(tmp_path, monkeypatch):
+    """Two kernels run at the same time, each with its own results folder; our process stays as it was."""
+    together = """import os, time, pathlib
+from gudlib import ledger
+pathlib.Path(f"{steps}.here").touch()
+end = time.monotonic() + 60
+while len(list(pathlib.Path().glob("*.here"))) < 2 and time.monotonic() < end: time.sleep(0.05)"""
+    report = "ledger.report('a', {'folder': os.getcwd(), 'results': os.environ['GUDLIB_RESULTS'], 'n': steps})"
+    (tmp_path / "notebooks").mkdir()
+    notebook = write(tmp_path / "notebooks/a.ipynb", together, report)
+    monkeypatch.setenv("GUDLIB_RESULTS", "ours")
+    jobs = runs.points({"notebook": notebook, "grids": [{"steps": [1, 2]}]}, tmp_path / "out")
+    before = dict(os.environ), os.getcwd()
+    with ThreadPoolExecutor(2) as executor:
+        _, frame = runs.sweep(jobs, tmp_path / "out/table.parquet", executor=executor)
+        assert executor.submit(int).result() == 0  # it is the caller's, and goes on
+    assert (dict(os.environ), os.getcwd()) == before
+    assert frame.n.tolist() == frame.steps.tolist() == [1, 2]
+    assert frame.results.tolist() == [str(job.out) for job in jobs]
+    assert set(frame.folder) == {str(tmp_path / "notebooks")} and len(list(tmp_path.glob("notebooks/*.here"))) == 2
+
+
+def test_a_sweep_that_was_killed_or_interrupted_goes_on_with_the_rest(tmp_path, capsys):
+    wait = "import time, pathlib\nwhile steps > 1 and not pathlib.Path('go').exists(): time.sleep(0.1)"
+    report = "from gudlib import ledger\nledger.report('a', {'square': steps**2})"
+    write(tmp_path / "a.ipynb", wait, report)
+    (tmp_path / "grid.yaml").write_text(f"notebook: {tmp_path}/a.ipynb\ngrids: [{{steps: [1, 2]}}]\n")
+    table, arguments = tmp_path / "out/grid.parquet", [tmp_path / "grid.yaml", "--jobs", 1, "--out", tmp_path / "out"]
+    first, second = runs.points(yaml.safe_load((tmp_path / "grid.yaml").read_text()), tmp_path / "out")
+    marked, pipe = os.environ | {"GUDLIB_TEST": str(tmp_path)}, subprocess.PIPE
+
+    def stop(number: signal.Signals) -> tuple[int, str]:
+        """Start the sweep; while the second point waits, send a signal to the command and its workers."""
+        process = subprocess.Popen(
+            command(*arguments, name="sweep"), stdout=pipe, stderr=pipe, text=True, env=marked, start_new_session=True
+        )
+        try:
+            wait_for(lambda: (second.out / "a.partial.ipynb").exists() and len(pandas.read_parquet(table)), seconds=180)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=30)
+        wait_for(lambda: not family(tmp_path), seconds=20)  # nor kernels
+        assert pandas.read_parquet(table).square.tolist() == [1]
+        return process.returncode, errors
+
+    assert stop(signal.SIGKILL)[0] == -signal.SIGKILL
+    written = (first.out / "a.json").stat().st_mtime_ns
+    (second.out / "a.partial.ipynb").unlink()
+    code, errors = stop(signal.SIGINT)
+    assert code == 130 and "Traceback" not in errors and "the same command continues" in errors
+    assert not (second.out / "a.json").exists()
+    (tmp_path / "go").touch()
+    assert __main__.main(["sweep", *map(str, arguments)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{first.out.name} skipped" in shown and f"{second.out.name} completed" in shown
+    assert read(table).square.tolist() == [1, 4] and (first.out / "a.json").stat().st_mtime_ns == written

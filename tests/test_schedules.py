@@ -264,6 +264,29 @@ def test_a_batch_as_large_as_a_component_axis_stays_a_batch():
     close(gamma[2], schedules.soft_conditioning(ORDER, a[2].item()).gamma(torch.tensor(0.3, dtype=torch.float64)))
 
 
+def test_each_image_of_a_batch_may_start_at_a_level_of_its_own():
+    a, t = torch.tensor([0.0, 1.3, 2.0], dtype=torch.float64), torch.tensor([0.0, 0.6, 1.0], dtype=torch.float64)
+    start = torch.tensor([-9.0, -4.0, 1.5], dtype=torch.float64)
+    for caps in (None, (-6.0, 4.0)):
+        many = schedules.soft_conditioning(ORDER, a, LOG_VARIANCE, start, noise=2.0, caps=caps)
+        assert many.batch == (3,)
+        each = [
+            schedules.soft_conditioning(ORDER, x, LOG_VARIANCE, low, noise=2.0, caps=caps)
+            for x, low in zip(a.tolist(), start.tolist(), strict=True)
+        ]
+        for quantity in ("gamma", "rate"):
+            close(
+                getattr(many, quantity)(t),
+                torch.stack([getattr(one, quantity)(x) for one, x in zip(each, t, strict=True)]),
+            )
+        kinks = torch.cat([one.kinks for one in each]).sort().values
+        if len(kinks):
+            assert all((many.kinks - x).abs().min() < 1e-9 for x in kinks)
+            assert len(many.kinks) == len(kinks.round(decimals=9).unique())
+    with pytest.raises(ValueError, match="noise must be above 1.5; got 1.0"):
+        schedules.soft_conditioning(ORDER, a, denoise=start, noise=1.0)
+
+
 # Sequential
 
 

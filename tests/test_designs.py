@@ -1,0 +1,357 @@
+"""Designs: all of them begin and end alike, and what differs between them is what is said to differ."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gudlib import designs, likelihood, metrics, networks
+from gudlib.data import dequantise
+from gudlib.process import Process
+
+BASES = ["plain", "pixel", "pca", "fourier", "dct", "haar"]
+SOFTNESS = [(0.0, 0.0), (1.0, 1.0), (0.4, 1.6), (2.5, 2.5)]
+LEVEL = 1 / 128  # of grey, in units of the data
+ZERO, ONE = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+
+
+def textures(n: int, channels: int = 1, size: int = 8, seed: int = 0) -> torch.Tensor:
+    """Noise that is smooth in space and common to colours, so that variances differ by a factor of hundreds."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.arange(size, dtype=torch.float64)
+    smooth = torch.exp(-((place[:, None] - place).square()) / 8)
+    noise = torch.randn(n, channels, size, size, generator=generator, dtype=torch.float64)
+    waves = smooth @ (noise + 2 * noise.mean(1, keepdim=True)) @ smooth + 0.2 * noise
+    slope = torch.linspace(90, 150, size, dtype=torch.float64)
+    return (slope + 3 * waves).clamp(0, 255).to(torch.uint8)
+
+
+IMAGES = {"grey": textures(400), "colour": textures(300, 3)}
+
+
+def build(basis="pca", r=1.0, softness=(0.4, 1.6), conditioning="grouped", images="grey"):
+    return designs.Setting(designs.Design(basis, r, softness, conditioning), IMAGES[images])
+
+
+def fitted_to(images: torch.Tensor) -> torch.Tensor:
+    """What a setting of seed 0 sees: each image dequantised, at least four times as many of them as components."""
+    generator = torch.Generator().manual_seed(0)
+    rounds = -(-4 * images[0].numel() // len(images))
+    return torch.cat([dequantise(images, generator) for _ in range(rounds)])
+
+
+def left(setting, images, a):
+    """Largest eigenvalue of N^(-1/2) C N^(-1/2) at t = 1, C the second moment around the prior's mean."""
+    away = (setting.basis(fitted_to(images)).double() - setting.prior.mean).flatten(1)
+    second = away.T @ away / len(away)
+    noise = (setting.prior.scale**2 * setting.schedule(a).gamma(ONE).exp()).flatten()
+    return float(torch.linalg.eigvalsh(second / (noise[:, None] * noise).sqrt())[-1])
+
+
+# The two ends
+
+
+@pytest.mark.parametrize("images", IMAGES)
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("r", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("softness", SOFTNESS)
+def test_every_design_leaves_a_third_of_a_grey_level_at_one_end_and_nothing_at_the_other(images, basis, r, softness):
+    setting = build(basis, r, softness, images=images)
+    assert len({*softness, 1.3}) > 1
+    for a in {*softness, 1.3}:  # the first end is exact for any a, trained or not
+        noise = setting.prior.scale**2 * setting.process(a).schedule.gamma(ZERO).exp()
+        assert float(noise.max()) == pytest.approx((LEVEL / 3) ** 2, rel=1e-9)
+    remains = [left(setting, IMAGES[images], a) for a in softness]
+    assert max(remains) == pytest.approx(math.exp(-5), rel=0.01)
+    assert left(setting, IMAGES[images], sum(softness) / 2) < 1.01 * math.exp(-5)
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("r", [0.0, 0.7])
+def test_the_snr_rises_with_one_slope_from_offsets_a_l(basis, r):
+    """-log SNR_i, computed from the process, is u(t) + a l_i with l = -log Sigma, whatever the prior."""
+    setting, a, t = build(basis, r), 1.3, torch.linspace(0, 1, 5, dtype=torch.float64)
+    order = -setting.basis(fitted_to(IMAGES["grey"])).double().var(0).log()
+    if basis == "plain":
+        order = torch.zeros_like(order)
+    level = -setting.schedule(a).snr(t, setting.prior.white_variance).log()
+    common = level - a * order
+    assert (common - common[:, :1, :1, :1]).abs().max() < 1e-5
+    steps = common[:, 0, 0, 0].diff()
+    torch.testing.assert_close(steps, steps.mean().expand(4))
+    assert steps.mean() > 1
+
+
+def test_the_last_component_is_noised_least_in_units_of_its_signal():
+    """At a > 0 components of large variance are noised last, and all at once at a = 0."""
+    setting = build("pca", 0.0)
+    t = torch.tensor(0.5, dtype=torch.float64)
+    signal = {a: setting.schedule(a).snr(t, setting.prior.white_variance).flatten().log() for a in (0.0, 1.6)}
+    variance = setting.prior.variance.flatten()
+    assert signal[1.6][variance.argmax()] > signal[1.6][variance.argmin()] + 3
+    assert signal[0.0].max() - signal[0.0].min() < 1e-9
+
+
+def test_the_prior_changes_neither_snr_nor_where_it_ends():
+    t = torch.linspace(0, 1, 7, dtype=torch.float64)
+    for basis in BASES:
+        levels = []
+        for r in (0.0, 0.3, 1.0):
+            setting = build(basis, r)
+            levels.append(setting.schedule(1.3).gamma(t) - setting.prior.log_variance)
+            expected = -0.5 * r * setting.prior.order
+            torch.testing.assert_close(setting.prior.scale.double().log(), expected, rtol=0, atol=1e-12)
+        for level in levels:
+            torch.testing.assert_close(level, levels[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("r", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("basis", BASES)
+def test_one_common_clock_is_a_of_one_minus_r(basis, r):
+    gamma = build(basis, r, (1 - r, 1 - r)).schedule(1 - r).gamma(torch.linspace(0, 1, 7, dtype=torch.float64))
+    torch.testing.assert_close(gamma, gamma[:, :1, :1, :1].expand_as(gamma), rtol=0, atol=1e-12)
+
+
+def test_plain_is_the_usual_model_of_one_mean_one_variance_and_one_level():
+    data = fitted_to(IMAGES["colour"]).double()
+    for r in (0.0, 1.0):
+        setting = build("plain", r, (1.0, 1.0), images="colour")
+        assert torch.equal(setting.basis(data), data)
+        for values, wanted in ((setting.prior.mean, data.mean()), (setting.prior.variance, data.var())):
+            torch.testing.assert_close(values.double(), wanted.expand(3, 8, 8), rtol=1e-5, atol=1e-6)
+        gamma = setting.schedule(1.0).gamma(ZERO)
+        assert gamma.max() == gamma.min()
+    assert build("pixel", images="colour").prior.mean.std() > 0.1
+
+
+def test_a_batch_of_softnesses_has_the_schedules_of_each():
+    a = torch.tensor([0.4, 1.6, 0.9, 1.0], dtype=torch.float64)
+    t = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=torch.float64)
+    for basis, r in (("pca", 1.0), ("haar", 0.3), ("plain", 0.0)):
+        setting = build(basis, r)
+        many = setting.schedule(a)
+        for quantity in ("gamma", "rate"):
+            each = [getattr(setting.schedule(x), quantity)(when) for x, when in zip(a.tolist(), t, strict=True)]
+            torch.testing.assert_close(getattr(many, quantity)(t), torch.stack(each), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(setting.denoise(a), torch.stack([setting.denoise(x) for x in a.tolist()]))
+
+
+# What is fitted
+
+
+def test_few_images_are_dequantised_often_enough_to_have_every_variance():
+    """Ten images span at most nine of the 64 directions; in the others there is the noise of dequantisation."""
+    few = textures(10)
+    variance = designs.Setting(designs.Design("pca"), few).prior.variance
+    assert variance.min() > 0.1 * LEVEL**2 / 12
+
+
+def test_no_variance_counts_as_less_than_that_of_the_noise_within_a_grey_level():
+    images = IMAGES["grey"].clone()
+    images[..., :2] = 7
+    setting = designs.Setting(designs.Design("pixel", 1.0), images)
+    counted = (-setting.prior.order).exp()
+    assert setting.prior.variance[..., :2].min() < LEVEL**2 / 12
+    assert float(counted.min()) == pytest.approx(LEVEL**2 / 12, rel=1e-6)
+    torch.testing.assert_close(counted[..., 2:], setting.prior.variance[..., 2:])
+
+
+def test_settings_repeat_themselves_and_leave_torchs_generator_alone():
+    design = designs.Design("pca", 0.5)
+    torch.rand(1)  # a state that no seed leads to
+    state = torch.get_rng_state()
+    first, again, other = (designs.Setting(design, IMAGES["grey"], seed) for seed in (3, 3, 4))
+    assert torch.equal(first.prior.variance, again.prior.variance) and first.noise == again.noise
+    assert not torch.equal(first.prior.variance, other.prior.variance)
+    weights = [setting.denoiser(8, seed).state_dict() for setting, seed in ((first, 1), (again, 1), (first, 2))]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    bare = networks.UNet((1, 8, 8), weights[0]["network.levels.groups"], 2, 8)
+    assert torch.equal(bare.stem.weight, weights[0]["network.stem.weight"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"basis": "wavelet"}, "basis must be one of .*'plain', 'pixel', 'pca', .*; got 'wavelet'"),
+        ({"conditioning": "map"}, "conditioning must be one of .*'time', 'pooled', .*; got 'map'"),
+        ({"softness": (1.6, 0.4)}, r"softness must be \(lowest, highest\), not negative; got \(1.6, 0.4\)"),
+        ({"softness": (-0.1, 0.4)}, r"softness must be .* got \(-0.1, 0.4\)"),
+        ({"softness": (math.nan, 1.0)}, r"softness must be .* got \(nan, 1.0\)"),
+    ],
+)
+def test_impossible_designs_are_refused_with_their_values(given, message):
+    with pytest.raises(ValueError, match=message):
+        designs.Design(**given)
+
+
+# What the network is told
+
+
+class Ear(nn.Module):
+    """A network that keeps what it was told."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.told = network, []
+
+    def forward(self, images, gamma):
+        self.told.append(gamma)
+        return self.network(images, gamma)
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("r", [0.0, 1.0])
+def test_told_the_time_a_network_hears_one_number_from_minus_10_to_10_whatever_a(basis, r):
+    setting = build(basis, r, conditioning="time")
+    model = setting.denoiser(8)
+    model.network.network = ear = Ear(model.network.network)
+    a = torch.tensor([0.4, 1.6, 0.7, 1.0, 1.3], dtype=torch.float64)
+    t = torch.tensor([0.0, 1.0, 0.2, 0.5, 0.9], dtype=torch.float64)
+    white = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model(white, setting.schedule(a).gamma(t).float())
+    expected = (20 * t - 10)[:, None, None, None].expand(5, 1, 8, 8)
+    torch.testing.assert_close(ear.told[0].double(), expected, rtol=0, atol=1e-4)
+    for x in (0.4, 1.1, 2.5):  # one a for all, as in sampling and likelihood; beyond the range too
+        model(white, setting.schedule(x).gamma(t))
+        torch.testing.assert_close(ear.told[-1].double(), expected, rtol=0, atol=1e-4)
+
+
+def test_other_networks_hear_the_levels_themselves_in_groups():
+    t, heard = torch.tensor([0.3, 0.6], dtype=torch.float64), {}
+    for conditioning in ("pooled", "grouped", "attention"):
+        setting = build("pca", 0.0, conditioning=conditioning)
+        network = setting.denoiser(8).network
+        assert isinstance(network, networks.UNet)
+        gammas = [setting.schedule(a).gamma(t).float() for a in (0.4, 1.6)]
+        means = [network.levels(gamma)[..., 0] * 10 for gamma in gammas]
+        heard[conditioning] = means[0].shape[1], network.conditioning
+        assert (means[0] - means[1]).abs().min(0).values.max() > 0.5  # what is heard tells a
+        inside = gammas[0].clamp(-12, 12).flatten(1)
+        torch.testing.assert_close(means[0].mean(1), inside.mean(1), rtol=1e-4, atol=1e-4)
+    assert heard == {"pooled": (1, "film"), "grouped": (16, "film"), "attention": (16, "attention")}
+
+
+# Scores
+
+
+class Pixels(nn.Module):
+    """Features that need no weights."""
+
+    num_features, name = 64, "pixels"
+
+    def forward(self, images):
+        return images.flatten(1)
+
+
+def gaussian_bits(setting, a, data):
+    """What independent normals of the fitted moments pay for data, and what is left of them at t = 1, by hand."""
+    chi = (setting.basis(data).double() - setting.prior.mean).flatten(1)
+    variance = setting.prior.variance.double().flatten()
+    nll = 0.5 * (chi.square() / variance + variance.log() + math.log(2 * math.pi))
+    gamma = setting.schedule(a).gamma(ONE).flatten()
+    signal, noise = 1 / (1 + gamma.exp()), 1 / (1 + (-gamma).exp())
+    c, scale = variance / setting.prior.scale.flatten() ** 2, setting.prior.scale.flatten()
+    reached = signal * (chi / scale).square() + noise  # mean square at t = 1, which the prior takes for 1
+    v = signal * c + noise
+    excess = 0.5 * (reached - reached / v - v.log())
+    return float((nll + excess).sum(1).mean() / (64 * math.log(2)) + 7)
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_an_untrained_model_pays_what_independent_normals_pay_along_every_path(basis):
+    test = textures(40, seed=1)
+    data = dequantise(test, torch.Generator().manual_seed(0))
+    for r, tolerance in ((1.0, 2e-6), (0.3, 2e-6)):
+        setting = build(basis, r, (0.0, 2.5))
+        model, bits = setting.denoiser(8), []
+        for a in (0.0, 0.6, 1.0, 2.5):
+            found = likelihood.bound(model, setting.process(a), data, 2, importance=True)
+            bits.append(found.bits)
+            assert found.bits == pytest.approx(gaussian_bits(setting, a, data), abs=tolerance)
+        if r == 1:
+            assert max(bits) - min(bits) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """An untrained design's score, twice and with another seed, with another state of torch's generator each."""
+    setting, test = build("dct", 0.5, conditioning="grouped"), textures(60, seed=1)
+    model, found, states = setting.denoiser(8), [], []
+    with torch.random.fork_rng():
+        for seed in (0, 0, 5):
+            torch.manual_seed(len(found))
+            states.append(torch.get_rng_state())
+            process, sizes = setting.process(0.7), {"generated": 300, "steps": 20, "draws": 2, "seed": seed}
+            found.append(designs.score(model, process, IMAGES["grey"], test, Pixels(), **sizes))
+            assert torch.equal(torch.get_rng_state(), states[-1])
+    return setting, test, found
+
+
+def test_a_score_repeats_itself_whatever_torchs_generator_is_at(scored):
+    _, _, [(values, images), (again, same), (other, others)] = scored
+    numbers = {name: value for name, value in values.items() if not name.endswith("seconds")}
+    assert numbers == {name: again[name] for name in numbers} and torch.equal(images, same)
+    assert other["frechet"] != values["frechet"] and not torch.equal(images, others)
+    assert all(type(value) is float and math.isfinite(value) for value in values.values())
+
+
+def test_a_score_is_the_bound_of_held_out_images_and_the_metrics_of_generated_ones(scored):
+    setting, test, [(values, images), *_] = scored
+    data = dequantise(test, torch.Generator().manual_seed(0))
+    assert values["bits"] == pytest.approx(gaussian_bits(setting, 0.7, data), abs=1e-5)
+    found = likelihood.bound(setting.denoiser(8), setting.process(0.7), data, 2, importance=True)
+    rest = float(found.decoder.mean() + found.volume) / (64 * math.log(2)) + 7
+    assert values["path_bits"] + values["prior_bits"] + rest == pytest.approx(values["bits"], abs=1e-5)
+    assert values["image_error"] == pytest.approx(found.image_error) and values["probe_error"] < 1e-5
+    assert images.shape == (300, 1, 8, 8) and images.min() >= -1 and images.max() <= 1
+    assert torch.equal((127.5 * (images + 1)).round() / 127.5 - 1, images)  # grey levels
+    f, g = (x.double().flatten(1) for x in (IMAGES["grey"].float() / 127.5 - 1, images))
+    root = torch.linalg.eigvals(f.T.cov() @ g.T.cov()).real.clamp(min=0).sqrt().sum()
+    distance = (f.mean(0) - g.mean(0)).square().sum() + f.var(0).sum() + g.var(0).sum() - 2 * root
+    assert values["frechet"] == pytest.approx(float(distance), rel=1e-3, abs=1e-4)
+    real, held_out = IMAGES["grey"].float() / 127.5 - 1, test.float() / 127.5 - 1
+    covered = metrics.coverage(real[:300], images, Pixels())
+    assert (values["precision"], values["recall"]) == (covered.precision, covered.recall)
+    assert values["spectrum"] == metrics.spectrum_error(real, images)
+    assert values["memorised"] == metrics.memorised(images, real, held_out)
+    assert 0 < values["score_seconds"] < 60 and 0 < values["sample_seconds"] < 60
+
+
+def test_times_and_noise_of_the_bound_are_those_of_the_seed():
+    """Seen with a model that errs: one that does not has the same bound for any."""
+    setting, bits, dark = build("dct", 0.5), [], textures(8, seed=1) // 8
+
+    def model(white, gamma):
+        return setting.denoiser(8)(white, gamma) + 0.1
+
+    data = dequantise(dark, torch.Generator().manual_seed(0))
+    for seed in (3, 4):
+        process, sizes = setting.process(0.7), {"generated": 4, "steps": 8, "draws": 3, "seed": seed}
+        values, _ = designs.score(model, process, IMAGES["grey"], dark, Pixels(), **sizes)
+        found = likelihood.bound(model, process, data, 3, seed=seed, importance=True)
+        assert (values["bits"], values["probe_error"]) == (found.bits, found.probe_error)
+        assert values["memorised"] == 1  # all lie closer to the training images than the dark ones do
+        bits.append(values["bits"])
+    assert bits[0] != bits[1] and min(bits) > gaussian_bits(setting, 0.7, data)
+
+
+def test_an_untrained_model_samples_the_normals_that_it_was_fitted_to(scored):
+    """Means and variances of the components of 300 samples; so chunks are joined, and none is drawn twice."""
+    setting, _, [(_, images), *_] = scored
+    found, prior = setting.basis(images).double(), setting.prior
+    spread = prior.variance.sqrt()
+    assert ((found.mean(0) - prior.mean).abs() < 5 * spread / math.sqrt(300) + LEVEL).all()
+    coarse = spread > LEVEL  # what a grey level resolves
+    assert (found.std(0) / spread - 1)[coarse].abs().max() < 0.3 and coarse.sum() > 16
+    assert len(images.flatten(1).unique(dim=0)) == 300
+
+
+def test_process_is_made_of_the_fitted_basis_prior_and_schedule():
+    setting = build("haar", 0.5)
+    process = setting.process(0.7)
+    assert isinstance(process, Process) and process.basis is setting.basis and process.prior is setting.prior
+    assert torch.equal(process.schedule.gamma(ONE), setting.schedule(0.7).gamma(ONE))
