@@ -391,6 +391,9 @@ def test_time_in_which_nothing_moves_costs_no_step():
     process = Process(bases.Pixel(SHAPE), prior, schedules.Schedule(gamma, SHAPE, [0.2, 0.4, 0.6, 0.9]))
     got = samplers.times(process, 2)
     assert got.tolist() in ([1, 0.6, 0], [1, 0.4, 0])
+    for steps in (5, 8):
+        got = samplers.times(process, steps)
+        assert (gamma(got[:-1]) - gamma(got[1:]) > 0.1).all()
     still = Process(bases.Pixel(SHAPE), prior, schedules.Schedule(lambda t: 0 * t, SHAPE))
     assert torch.equal(samplers.times(still, 4), torch.tensor([1, 0.75, 0.5, 0.25, 0]).double())
 
