@@ -3,29 +3,54 @@ r"""Samplers: walk a process backwards, from t = 1 to t = 0, with any model `(wh
 A method is one update from t to s < t, for all components at once and each with its own noise levels. It returns the
 mean and the standard deviation of the next state; the driver draws. With r = exp(gamma_s - gamma_t) <= 1:
 
-    ancestral       mean = (alpha_s / alpha_t) [chi_t - sigma_t (1 - r) eps],   variance = sigma_s^2 (1 - r)
-    ddim            mean = alpha_s x0 + sigma_s eps,                            variance = 0
-    heun            ddim, then again with the average of both ends' eps         (second order)
-    euler-maruyama  a plain step of the reverse SDE in t                        (the authors' library)
+    ancestral        mean = (alpha_s / alpha_t) [chi_t - sigma_t (1 - r) eps],   variance = sigma_s^2 (1 - r)
+    ancestral-mmse   the same,                              variance = sigma_s^2 (1 - r) + alpha_s^2 (1 - r)^2 mmse
+    euler-maruyama   a plain step of the reverse SDE in t                        (the authors' library)
+    ddim             mean = alpha_s x0 + sigma_s eps,                            variance = 0, as below
+    heun             ddim, then again with the average of both ends' eps         (second order, two calls)
+    dpm++2m          ddim with x0 extrapolated from two calls                    (second order)
+    gaussian, gaussian-2m, gaussian-pc                                           (first, second, third order)
 
-The first three need no derivative of the schedule and leave a component that is not moving where it is, up to rounding.
+The last three know the variance c_i of each white component. They ask which mean m_i a normal component of that
+variance would have, to be guessed as x0 = m + (alpha c / v) (chi - alpha m), and hold on to m instead of x0: along the
+probability flow, whatever the data and whatever c,
+
+    d (chi / sqrt(v)) = m d (alpha / sqrt(v)),      m = (chi - v eps / sigma) / alpha,      v = alpha^2 c + sigma^2.
+
+For independent normal components m is their mean: one step is exact, from any t to any s. c = 0 is DDIM, with m = x0.
+(With rho = arsinh(sqrt(c) alpha / sigma) it is alpha / sqrt(v) = tanh(rho) / sqrt(c).) `gaussian` keeps m for a step,
+`gaussian-2m` extrapolates it from two calls, `gaussian-pc` from three, and corrects each step by the m found at its
+end, when the next step calls the model there anyway.
+
+Methods with a memory hand over, in `Step.then`, the method of the next step. A component that is not moving, or has
+only begun to, uses no more memory than it has. But for Euler-Maruyama no method needs the schedule's derivative, and
+all leave a component that is not moving where it is, up to rounding.
 
 References:
     Denoising Diffusion Probabilistic Models, J. Ho, A. Jain, P. Abbeel, 2020, https://arxiv.org/abs/2006.11239
     Denoising Diffusion Implicit Models, J. Song, C. Meng, S. Ermon, 2021, https://arxiv.org/abs/2010.02502
     Elucidating the Design Space of Diffusion-Based Generative Models, T. Karras et al., 2022,
     https://arxiv.org/abs/2206.00364, algorithm 1
+    Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance in Diffusion Probabilistic Models, F. Bao, C. Li,
+    J. Zhu, B. Zhang, 2022, https://arxiv.org/abs/2201.06503
+    DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models, C. Lu et al., 2022,
+    https://arxiv.org/abs/2211.01095, algorithm 2
+    UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models, W. Zhao et al., 2023,
+    https://arxiv.org/abs/2302.04867 (the correction without a further call)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gudlib.process import Batch, Model, Process, from_eps
+from gudlib.process import Batch, Gamma, Model, Process, from_eps
 from gudlib.schedules import alpha, sigma
 
 
@@ -37,14 +62,17 @@ class Step:
         mean: of the next state, (b, c, h, w).
         std: of the noise to add, broadcastable to it; 0 for deterministic methods.
         nfe: how often the model was called.
+        then: the method of the next step, if that is to remember this one.
     """
 
     mean: Tensor
     std: Tensor
     nfe: int = 1
+    then: "Method | None" = None
 
 
 Method = Callable[[Model, Process, Batch, Tensor, Tensor], Step]
+Look = tuple[Tensor, Tensor]  # noise levels, and the means found there
 
 
 def euler_maruyama(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
@@ -61,30 +89,177 @@ def ancestral(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tens
     return Step(mean, sigma(then) * moved.sqrt())
 
 
+def analytic(mmse: Callable[[Gamma], Batch] | None = None) -> Method:
+    """Ancestral sampling that adds what its guess of chi_0 leaves open: `ancestral-mmse`.
+
+    Exact for independent normals in one step, and for normals generated one component after another in one step each.
+
+    Arguments:
+        mmse: E(chi_0 - x0_hat)^2 of each component at noise levels gamma, e^gamma times the error of the noise, as
+            measured or from `exact.gaussian_error`. By default that of independent normals, c / (1 + c e^-gamma).
+    """
+
+    def step(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
+        now, then = process.schedule.gamma(t), process.schedule.gamma(s)
+        plain, c = ancestral(model, process, white_t, t, s), process.prior.white_variance
+        unknown = c * torch.sigmoid(now - c.log()) if mmse is None else mmse(now)
+        return Step(plain.mean, (plain.std**2 + (alpha(then) * torch.expm1(then - now)) ** 2 * unknown).sqrt())
+
+    return step
+
+
 def ddim(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
     """One step of DDIM: the exponential integrator of the probability-flow ODE."""
     now, then = process.schedule.gamma(t), process.schedule.gamma(s)
-    return Step(_flow(model(white_t, now), white_t, now, then), torch.zeros_like(then))
+    x0 = from_eps(model(white_t, now), "x0", white_t, now)
+    return Step(_flow(x0, white_t, now, then), torch.zeros_like(then))
 
 
 def heun(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
     """One step of Heun's method on d(chi / alpha) = eps d(sigma / alpha); two model calls."""
     now, then = process.schedule.gamma(t), process.schedule.gamma(s)
     eps = model(white_t, now)
-    ahead = model(_flow(eps, white_t, now, then), then)
-    return Step(_flow((eps + ahead) / 2, white_t, now, then), torch.zeros_like(then), nfe=2)
+    ahead = model(_flow(from_eps(eps, "x0", white_t, now), white_t, now, then), then)
+    x0 = from_eps((eps + ahead) / 2, "x0", white_t, now)
+    return Step(_flow(x0, white_t, now, then), torch.zeros_like(then), nfe=2)
 
 
-def _flow(eps: Tensor, white_t: Tensor, now: Tensor, then: Tensor) -> Tensor:
-    return alpha(then) * from_eps(eps, "x0", white_t, now) + sigma(then) * eps
+def multistep(gaussian: bool = True, order: int = 2) -> Method:
+    """DDIM of first and second order, in x0 or, `gaussian`, in the mean of a normal of the prior's white variance.
 
+    The second order holds on to m + (h / 2 h_prev) (m - m_prev), with h = gamma_t - gamma_s of each component.
+    """
+
+    def step(
+        model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor, last: Look | None = None
+    ) -> Step:
+        now, then = process.schedule.gamma(t), process.schedule.gamma(s)
+        c = process.prior.white_variance if gaussian else torch.zeros(())
+        seen = now, _mean(model(white_t, now), white_t, now, c)
+        m = seen[1] + ((now - then) / 2 * _slope(last, seen, now - then)).nan_to_num(0) if last else seen[1]
+        remember = partial(step, last=seen) if order > 1 else None
+        return Step(_flow(m, white_t, now, then, c), torch.zeros_like(then), then=remember)
+
+    return step
+
+
+def predictor_corrector(
+    model: Model,
+    process: Process,
+    white_t: Batch,
+    t: Tensor,
+    s: Tensor,
+    seen: Sequence[Look] = (),
+    start: Tensor | None = None,
+) -> Step:
+    """`gaussian-pc`: first the last step anew, now that its end has been seen, then the next.
+
+    Arguments:
+        model, process, white_t, t, s: as for every method.
+        seen: earlier looks, latest first; three are used.
+        start: the state, corrected, from which the last step led here.
+    """
+    now, then, c = process.schedule.gamma(t), process.schedule.gamma(s), process.prior.white_variance
+    seen = [(now, _mean(model(white_t, now), white_t, now, c)), *seen[:3]]
+    if start is not None:
+        white_t = _integrate(seen, start, seen[1][0], now, c)
+    remember = partial(predictor_corrector, seen=seen, start=white_t)
+    return Step(_integrate(seen[:3], white_t, now, then, c), torch.zeros_like(then), then=remember)
+
+
+def _mean(eps: Tensor, white_t: Tensor, gamma: Tensor, c: Tensor) -> Tensor:
+    v = torch.sigmoid(-gamma) * c + torch.sigmoid(gamma)
+    return (white_t - v / sigma(gamma) * eps) / alpha(gamma)
+
+
+def _flow(m: Tensor, white_t: Tensor, now: Tensor, then: Tensor, c: Tensor | float = 0.0) -> Tensor:
+    v_now, v_then = (torch.sigmoid(-gamma) * c + torch.sigmoid(gamma) for gamma in (now, then))
+    shrink = (v_then / v_now).sqrt()
+    return shrink * white_t + (alpha(then) - shrink * alpha(now)) * m
+
+
+REACH = 5  # how far to extrapolate, in units of the distance between two looks
+
+
+def _slope(old: Look, new: Look, reach: Tensor) -> Tensor:
+    """Of the mean, per unit of -gamma; nan where the component has not moved far enough between the looks to tell."""
+    gap = old[0] - new[0]
+    return torch.where((gap > 1e-6) & (reach <= REACH * gap), (new[1] - old[1]) / gap, torch.nan)
+
+
+def _integrate(looks: Sequence[Look], white_t: Tensor, now: Tensor, then: Tensor, c: Tensor) -> Tensor:
+    """`_flow` with m a polynomial in gamma through the looks (Newton's form), integrated over alpha / sqrt(v)."""
+    nodes, weights = (x.to(now).view(-1, *[1] * now.ndim) for x in (NODES, WEIGHTS))
+    gamma = (now + then) / 2 + (now - then) / 2 * nodes
+    v = torch.sigmoid(-gamma) * c + torch.sigmoid(gamma)
+    weight = (now - then) / 4 * weights * alpha(gamma) * torch.sigmoid(gamma) / v**1.5
+    levels, terms = [level for level, _ in looks], [_slope(old, new, now - then) for new, old in pairwise(looks)]
+    more = torch.zeros_like(white_t)
+    for k in range(1, len(looks)):
+        weight = weight * (levels[k - 1] - gamma)
+        more = more + weight.sum(0) * terms[0].nan_to_num(0)
+        terms = [(new - old) / (levels[i + k + 1] - levels[i]) for i, (new, old) in enumerate(pairwise(terms))]
+    v_then = torch.sigmoid(-then) * c + torch.sigmoid(then)
+    return _flow(looks[0][1], white_t, now, then, c) + v_then.sqrt() * more
+
+
+NODES, WEIGHTS = map(torch.from_numpy, np.polynomial.legendre.leggauss(16))
 
 METHODS: dict[str, Method] = {
     "euler-maruyama": euler_maruyama,
     "ancestral": ancestral,
+    "ancestral-mmse": analytic(),
     "ddim": ddim,
     "heun": heun,
+    "dpm++2m": multistep(gaussian=False),
+    "gaussian": multistep(order=1),
+    "gaussian-2m": multistep(),
+    "gaussian-pc": predictor_corrector,
 }
+
+
+def times(process: Process, steps: int) -> Float[Tensor, " steps+1"]:
+    r"""Times from 1 to 0 for `steps` updates, spent where components move that are not decided yet.
+
+    Each step gets an equal share of int [mean_i (gamma_i' sqrt(u_i))^4]^(1/4) dt, where u_i = 1 / (1 + c_i e^-gamma_i)
+    is how much of the variance c_i is still unknown (for independent normals). The fourth power lets few components
+    count where only few move; it and the root are what did best on normal data with the covariance of Fashion-MNIST.
+
+    Steps end where the schedule has kinks, each piece between two of them getting one or more. If the kinks are too
+    many, steps end at those close to where they would end anyway. Where nothing moves no step is spent; if nothing ever
+    does, the steps are equal.
+
+    Raises:
+        ValueError: if steps is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    c, kinks = process.prior.white_variance.cpu(), process.schedule.kinks
+    fine = torch.cat([torch.linspace(0, 1, 1001, dtype=torch.float64), kinks]).unique()
+
+    def activity(cells: Float[Tensor, "k 2"]) -> Float[Tensor, " k"]:
+        low, high = (process.schedule.gamma(t) for t in cells.split(1, dim=1))
+        unknown = torch.sigmoid((low + high) / 2 - c.log())  # mmse / c of independent normals
+        return ((high - low) ** 4 * unknown**2).flatten(1).mean(1) ** 0.25
+
+    total = torch.cat([fine.new_zeros(1), *(activity(some) for some in fine.unfold(0, 2, 1).split(16))]).cumsum(0)
+    if total[-1] == 0:
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    reached = total[torch.searchsorted(fine, kinks)]
+    matters = (torch.cat([reached, total[-1:]]).diff() > 0) & (reached > 0)  # something moves on either side
+    ends, reached = kinks[matters], reached[matters]
+    if len(ends) >= steps:  # too many: those near to where equal shares would end anyway
+        apart = (reached[:, None] - total[-1] * torch.arange(1, steps) / steps).abs()
+        near = apart.argmin(0)[apart.amin(0) < total[-1] / steps / 4]
+        ends, reached = ends[near], reached[near]
+    bounds = torch.cat([total[:1], reached, total[-1:]])
+    counts = torch.ones(len(bounds) - 1, dtype=torch.long)
+    for _ in range(steps - len(counts)):  # the piece whose steps are largest gets one more
+        counts[(bounds.diff() / counts).argmax()] += 1
+    shares = [torch.linspace(0, 1, k + 1, dtype=torch.float64)[1:-1] for k in counts.tolist()]
+    inner = torch.cat([torch.lerp(a, b, x) for (a, b), x in zip(pairwise(bounds), shares, strict=True)])
+    between = torch.from_numpy(np.interp(inner, total, fine))
+    return torch.cat([fine[:1], ends, between, fine[-1:]]).sort(descending=True).values
 
 
 @dataclass(frozen=True)
@@ -112,13 +287,14 @@ def sample(
     process: Process,
     n: int,
     steps: int = 50,
-    method: str = "heun",
+    method: str | Method = "heun",
     generator: torch.Generator | None = None,
     start: Batch | None = None,
     keep: int = 0,
     progress: bool = False,
+    grid: str | Float[Tensor, " k"] = "uniform",
 ) -> Samples:
-    """Draw `n` samples by `steps` equal steps of t from the prior to the data.
+    """Draw `n` samples by `steps` updates from the prior to the data.
 
     The state is float64 throughout, whatever the model computes in. A schedule with a batch of its own (one softness
     for each image) must have batch shape (n,).
@@ -128,20 +304,22 @@ def sample(
         process: basis, prior and schedule.
         n: number of samples.
         steps: number of updates.
-        method: `euler-maruyama`, `ancestral`, `ddim` or `heun`.
+        method: a name of `METHODS`, or a method.
         generator: of all randomness.
         start: white noise to start from (n, c, h, w); drawn if not given.
-        keep: how many intermediate states to return, evenly spread and including both ends.
+        keep: how many intermediate states to return, evenly spread over the steps and including both ends.
         progress: show a bar.
+        grid: `uniform`, equal steps of t; `adapted`, those of `times`; or the times themselves, falling from 1 to 0,
+            which then settle the number of steps.
 
     Raises:
-        ValueError: for an unknown method, n or steps below 1, keep of 1 or beyond steps + 1, or a start or schedule
-            batch that does not fit.
+        ValueError: for an unknown method or grid, n or steps below 1, keep of 1 or beyond steps + 1, or a start or
+            schedule batch that does not fit.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {sorted(METHODS)}; got {method!r}")
-    if n < 1 or steps < 1:
-        raise ValueError(f"n and steps must be at least 1; got n = {n}, steps = {steps}")
+    update, t = _method(method), _grid(process, steps, grid)
+    steps = len(t) - 1
+    if n < 1:
+        raise ValueError(f"n must be at least 1; got {n}")
     if keep < 0 or keep == 1 or keep > steps + 1:
         raise ValueError(f"keep must be 0 or between 2 and steps + 1 = {steps + 1}; got {keep}")
     shape = (n, *process.schedule.shape)
@@ -152,13 +330,12 @@ def sample(
     device = process.prior.mean.device
     if start is None:
         start = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
-    x, nfe = start.double(), 0
-    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
+    x, nfe, t = start.double(), 0, t.to(device)
     kept = set(torch.linspace(0, steps, keep).round().long().tolist()) if keep else set()
     states = [x] if kept else []
-    for i in tqdm(range(steps), desc=method, disable=not progress):
-        step = METHODS[method](model, process, x, grid[i], grid[i + 1])
-        x, nfe = step.mean, nfe + step.nfe
+    for i in tqdm(range(steps), disable=not progress):
+        step = update(model, process, x, t[i], t[i + 1])
+        x, nfe, update = step.mean, nfe + step.nfe, step.then or update
         if bool(step.std.any()):
             x = x + step.std * torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
         if i + 1 in kept:
@@ -167,30 +344,59 @@ def sample(
         data=process.data(x).float(),
         white=x,
         nfe=nfe,
-        times=grid[sorted(kept)],
+        times=t[sorted(kept)],
         states=torch.stack(states) if states else x.new_empty(0, *shape),
     )
 
 
 def push(
-    model: Model, process: Process, steps: int, method: str, start: Float[Tensor, "d d"]
+    model: Model,
+    process: Process,
+    steps: int,
+    method: str | Method,
+    start: Float[Tensor, "d d"],
+    grid: str | Float[Tensor, " k"] = "uniform",
 ) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
     """What a sampler does to normal data, without drawing: the covariance it ends with, and its map from start to end.
 
-    For a linear model without offset (`exact.gaussian` of mean 0) a step is a matrix and independent noise.
+    For a linear model without offset (`exact.gaussian` of mean 0) a step is a matrix and independent noise. A method
+    with a memory must be deterministic, as those here are: then the unit vectors, sampled, are the map.
 
     Arguments:
-        model, process, steps, method: as for `sample`.
+        model, process, steps, method, grid: as for `sample`.
         start: covariance of the white components at t = 1, (d, d).
     """
+    update, t = _method(method), _grid(process, steps, grid)
     units = torch.eye(len(start), dtype=torch.float64)
-    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    images = units.view(-1, *process.schedule.shape)
+    if update(model, process, images, t[0], t[1]).then:
+        whole = sample(model, process, len(units), steps, method, start=images, grid=grid).white.flatten(1).T
+        return whole @ start @ whole.T, whole
 
-    def linear(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        step = METHODS[method](model, process, units.view(-1, *process.schedule.shape), t, s)
+    def linear(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+        step = update(model, process, images, now, then)
         return step.mean.flatten(1).T, step.std.flatten()[: len(units)]
 
     covariance, whole = start, units
-    for matrix, std in zip(*torch.func.vmap(linear)(grid[:-1], grid[1:]), strict=True):
+    for matrix, std in zip(*torch.func.vmap(linear)(t[:-1], t[1:]), strict=True):
         covariance, whole = matrix @ covariance @ matrix.T + (std**2).diag(), matrix @ whole
     return covariance, whole
+
+
+def _method(method: str | Method) -> Method:
+    if isinstance(method, str) and method not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}; got {method!r}")
+    return METHODS[method] if isinstance(method, str) else method
+
+
+def _grid(process: Process, steps: int, grid: str | Tensor) -> Tensor:
+    if isinstance(grid, Tensor):
+        t = grid.double()
+        if t.ndim != 1 or len(t) < 2 or t[0] != 1 or t[-1] != 0 or not bool((t.diff() < 0).all()):
+            raise ValueError(f"grid must hold times that fall from 1 to 0; got {grid}")
+        return t
+    if grid not in ("uniform", "adapted"):
+        raise ValueError(f"grid must be uniform, adapted or times; got {grid!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    return times(process, steps) if grid == "adapted" else torch.linspace(1, 0, steps + 1, dtype=torch.float64)
