@@ -117,6 +117,7 @@ def sample(
     start: Batch | None = None,
     keep: int = 0,
     progress: bool = False,
+    temperature: float = 1.0,
 ) -> Samples:
     """Draw `n` samples by `steps` equal steps of t from the prior to the data.
 
@@ -133,6 +134,7 @@ def sample(
         start: white noise to start from (n, c, h, w); drawn if not given.
         keep: how many intermediate states to return, evenly spread and including both ends.
         progress: show a bar.
+        temperature: factor of the noise that steps add, not of the start.
 
     Raises:
         ValueError: for an unknown method, n or steps below 1, keep of 1 or beyond steps + 1, or a start or schedule
@@ -160,7 +162,7 @@ def sample(
         step = METHODS[method](model, process, x, grid[i], grid[i + 1])
         x, nfe = step.mean, nfe + step.nfe
         if bool(step.std.any()):
-            x = x + step.std * torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
+            x = x + temperature * step.std * torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
         if i + 1 in kept:
             states.append(x)
     return Samples(

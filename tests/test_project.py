@@ -22,7 +22,7 @@ REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT[
 
 # A module may import those before it. Leaves import none; siblings don't know one another.
 ORDER = """lattice bases priors schedules process exact zoo networks denoiser data training samplers likelihood metrics
-    designs plotting ledger notebooks runs doctor __main__""".split()
+    mar designs plotting ledger notebooks runs doctor __main__""".split()
 LEAVES = {"lattice", "bases", "priors", "schedules", "networks", "data", "ledger", "notebooks"}
 SIBLINGS = {"training", "samplers", "likelihood"}
 TAGS = ("navigation", "parameters", "nbval-check-output")
