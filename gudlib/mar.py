@@ -21,8 +21,6 @@ schedule one gives; `noise` is the cosine as published, cut where its ends would
 References:
     Autoregressive Image Generation without Vector Quantization, T. Li, Y. Tian, H. Li, M. Deng, K. He, 2024,
     https://arxiv.org/abs/2406.11838
-    Masked Autoencoders Are Scalable Vision Learners, K. He et al., 2021, https://arxiv.org/abs/2111.06377
-    Scalable Diffusion Models with Transformers, W. Peebles, S. Xie, 2022, https://arxiv.org/abs/2212.09748
 """
 
 import math
@@ -40,18 +38,13 @@ from torch.nn import functional
 from gudlib import bases, denoiser, likelihood, priors, samplers, schedules, training
 from gudlib.data import dequantise
 from gudlib.denoiser import Denoiser
-from gudlib.networks import GammaGroups
 from gudlib.process import Batch, Gamma, Model, Process, diffuse
 from gudlib.schedules import Schedule
+from gudlib.transformers import KINDS, Cache, Labels, Network, Order, Tokens, patches
 
-KINDS = ("raster", "random", "masked")
 GUIDANCES = ("linear", "constant")
 
-Tokens = Float[Tensor, "b l d"]
-Order = Int64[Tensor, "b l"]
-Labels = Int64[Tensor, " b"]
 Conditional = Callable[[Tokens, Order, int, int, Labels | None], Model]
-Cache = list[list[Tensor]]
 
 
 def patchify(images: Batch, size: int) -> Tokens:
@@ -60,7 +53,7 @@ def patchify(images: Batch, size: int) -> Tokens:
     Raises:
         ValueError: if the patch size does not divide height and width.
     """
-    _divided(images.shape[-2:], size)
+    patches(images.shape[-2], images.shape[-1], size)
     return functional.pixel_unshuffle(images, size).flatten(2).mT
 
 
@@ -97,210 +90,6 @@ def mask_ratio(lowest: float, spread: float, generator: torch.Generator) -> floa
     low = torch.special.ndtr(torch.tensor((lowest - 1) / spread, dtype=torch.float64))
     u = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device).cpu()
     return 1 + spread * float(torch.special.ndtri(low + (0.5 - low) * u))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block on (b, l, width).
-
-    With a list `past`, where it keeps keys and values, it takes one new token at a time, which may see all before.
-    """
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"width must be a multiple of heads, {heads}; got {width}")
-        self.heads, self.dropout = heads, dropout
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor, causal: bool = False, past: list[Tensor] | None = None) -> Tensor:
-        """`x` (b, l, width), changed by what its tokens find among themselves and in the past."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if past is not None:
-            past[:] = [torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True)] if past else [k, v]
-            k, v = past
-        drop = self.dropout if self.training else 0.0
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=causal and past is None, dropout_p=drop)
-        x = x + functional.dropout(self.out(y.transpose(1, 2).flatten(2)), drop)
-        return x + functional.dropout(self.mlp(self.norm2(x)), drop)
-
-
-class Causal(nn.Module):
-    """The trunk of the causal models: place k of its sequence holds token k - 1 (first the class) and asks for token k.
-
-    Every place is told where its token is and where the next one goes: in reading order the latter adds nothing.
-
-    Arguments:
-        count, dim: L and D; classes: labels are 0 .. classes - 1, and `classes` is none.
-        width, depth, heads, dropout: of 2 depth transformer blocks.
-    """
-
-    def __init__(
-        self, count: int, dim: int, classes: int, width: int, depth: int, heads: int, dropout: float
-    ) -> None:
-        super().__init__()
-        self.label, self.embed = nn.Embedding(classes + 1, width), nn.Linear(dim, width)
-        self.place, self.target = nn.Embedding(count, width), nn.Embedding(count, width)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(2 * depth))
-        self.norm = nn.LayerNorm(width)
-
-    def cache(self) -> Cache:
-        """An empty one, with which tokens start = 0, 1, 2, ... are to be asked for one after another."""
-        return [[] for _ in self.blocks]
-
-    def forward(
-        self, tokens: Tokens, order: Order, start: int, stop: int, labels: Labels, cache: Cache | None = None
-    ) -> Float[Tensor, "b m width"]:
-        """z for tokens order[:, start:stop], each from those before it in the order."""
-        first = 0 if cache is None else start
-        before = order[:, max(first - 1, 0) : stop - 1]
-        x = self.embed(tokens.take_along_dim(before[..., None], 1)) + self.place(before)
-        x = x if first else torch.cat([self.label(labels)[:, None], x], 1)
-        x = x + self.target(order[:, first:stop])
-        for i, block in enumerate(self.blocks):
-            x = block(x, causal=True, past=cache[i] if cache is not None else None)
-        return self.norm(x[:, start - stop :])
-
-
-class Masked(nn.Module):
-    """The trunk of MAR: an encoder of the known tokens, and a decoder that also has a mask for each unknown one.
-
-    Both see a buffer of copies of the class, without which the encoder would have next to nothing to compute with
-    while few tokens are known. Places are told three times: to the encoder, to the decoder and to the head.
-
-    Arguments:
-        buffer: number of copies; depth: of the encoder, and of the decoder. The others are as for `Causal`.
-    """
-
-    def __init__(
-        self, count: int, dim: int, classes: int, width: int, depth: int, heads: int, dropout: float, buffer: int
-    ) -> None:
-        super().__init__()
-        self.buffer = buffer
-        self.label, self.embed = nn.Embedding(classes + 1, width), nn.Linear(dim, width)
-        self.encoder_place, self.decoder_place = (nn.Embedding(buffer + count, width) for _ in range(2))
-        self.head_place, self.mask = nn.Embedding(count, width), nn.Embedding(1, width)
-        self.encoder, self.decoder = (
-            nn.ModuleList(Block(width, heads, dropout) for _ in range(depth)) for _ in range(2)
-        )
-        self.norm_in, self.norm, self.norm_out = (nn.LayerNorm(width) for _ in range(3))
-        self.bridge = nn.Linear(width, width)
-
-    def cache(self) -> None:
-        """None: what a token finds changes with every further one that is known."""
-
-    def forward(
-        self, tokens: Tokens, order: Order, start: int, stop: int, labels: Labels, cache: None = None
-    ) -> Float[Tensor, "b m width"]:
-        """z for tokens order[:, start:stop], all from order[:, :start]."""
-        b = len(order)
-        copies = torch.arange(self.buffer, device=order.device).expand(b, -1)
-        places = torch.cat([copies, self.buffer + order], 1)
-        now = self.buffer + start
-        known = self.embed(tokens.take_along_dim(order[:, :start, None], 1))
-        x = torch.cat([self.label(labels)[:, None].expand(-1, self.buffer, -1), known], 1)
-        x = self.norm_in(x + self.encoder_place(places[:, :now]))
-        for block in self.encoder:
-            x = block(x)
-        x = self.bridge(self.norm(x))
-        x = torch.cat([x, self.mask.weight.expand(b, order.shape[1] - start, -1)], 1) + self.decoder_place(places)
-        for block in self.decoder:
-            x = block(x)
-        return self.norm_out(x[:, now : now + stop - start]) + self.head_place(order[:, start:stop])
-
-
-class Layer(nn.Module):
-    """A residual layer of the head, whose shift, scale and gate a condition sets (AdaLN)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.modulation = nn.LayerNorm(width), nn.Linear(width, 3 * width)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """`x` (n, width) under the condition `y` (n, width)."""
-        shift, scale, gate = self.modulation(functional.silu(y)).chunk(3, -1)
-        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
-
-
-class Head(nn.Module):
-    """A multilayer perceptron that denoises tokens, each given its z and the mean of its gamma.
-
-    Arguments:
-        shape: of a token, (c, p, p); context: size of z; width and depth.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], context: int, width: int, depth: int) -> None:
-        super().__init__()
-        dim = math.prod(shape)
-        self.shape, self.levels = shape, GammaGroups(torch.zeros(shape, dtype=torch.long, device="cpu"))
-        self.level = nn.Sequential(nn.Linear(9, width), nn.SiLU(), nn.Linear(width, width))
-        self.context, self.stem = nn.Linear(context, width), nn.Linear(2 * dim, width)
-        self.layers = nn.ModuleList(Layer(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation, self.out = nn.Linear(width, 2 * width), nn.Linear(width, dim)
-
-    def forward(
-        self, images: Float[Tensor, "n inputs p p"], gamma: Float[Tensor, "n c p p"], z: Float[Tensor, "n context"]
-    ) -> Float[Tensor, "n c p p"]:
-        """As a network of `gudlib.networks`, on patches."""
-        y = self.level(self.levels(gamma).flatten(1)) + self.context(z)
-        x = self.stem(images.flatten(1))
-        for layer in self.layers:
-            x = layer(x, y)
-        shift, scale = self.modulation(functional.silu(y)).chunk(2, -1)
-        return self.out(self.norm(x) * (1 + scale) + shift).unflatten(1, self.shape)
-
-
-class Network(nn.Module):
-    """Trunk and head.
-
-    Arguments:
-        kind: `raster`, `random` or `masked`.
-        image: image shape (c, h, w); size: side p of a patch.
-        classes: number of labels, 0 for none.
-        width, depth, heads, dropout: of the trunk, which has 2 depth blocks.
-        buffer: copies of the class that a masked trunk sees.
-        head: (depth, width) of the head.
-
-    Raises:
-        ValueError: for an unknown kind, a patch size that does not divide the image, or heads that don't the width.
-    """
-
-    def __init__(
-        self, kind: str, image: Sequence[int], size: int, classes: int = 0, width: int = 128, depth: int = 2,
-        heads: int = 4, buffer: int = 4, head: Sequence[int] = (3, 128), dropout: float = 0.1,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}; got {kind!r}")
-        _divided(image[1:], size)
-        self.config: dict[str, Any] = {
-            "kind": kind, "image": list(image), "size": size, "classes": classes, "width": width, "depth": depth,
-            "heads": heads, "buffer": buffer, "head": list(head), "dropout": dropout,
-        }  # fmt: skip
-        token = (image[0], size, size)
-        self.kind, self.image, self.size, self.classes = kind, tuple(image), size, classes
-        self.count = image[1] * image[2] // size**2
-        options = self.count, math.prod(token), classes, width, depth, heads, dropout
-        self.trunk = Masked(*options, buffer) if kind == "masked" else Causal(*options)
-        self.head = Head(token, width, head[1], head[0])
-        for part in self.modules():
-            if isinstance(part, nn.Linear):
-                nn.init.xavier_uniform_(part.weight)
-                nn.init.zeros_(part.bias)
-            elif isinstance(part, nn.Embedding):
-                nn.init.normal_(part.weight, std=0.02)
-        for part in (*(layer.modulation for layer in self.head.layers), self.head.modulation, self.head.out):
-            nn.init.zeros_(part.weight)  # type: ignore[arg-type]
-
-    def forward(
-        self, images: Tensor, gamma: Tensor, tokens: Tokens, order: Order, start: int, labels: Labels, repeats: int
-    ) -> Tensor:
-        """The head's answers for all tokens from `start` on, each noised `repeats` times: (b m repeats, c, p, p)."""
-        z = self.trunk(tokens, order, start, order.shape[1], labels)
-        return self.head(images, gamma, z.flatten(0, 1).repeat_interleave(repeats, 0))
 
 
 class Given(nn.Module):
@@ -397,9 +186,9 @@ def build(kind: str, images: Batch, size: int, pca: bool = False, **network: Any
     """
     inner = Network(kind, images.shape[1:], size, **network)
     shape = (images.shape[1], size, size)
-    patches = patchify(images, size).reshape(-1, *shape)
-    basis = bases.PCA.fit(patches) if pca else bases.Pixel(shape)
-    moments = priors.measure(basis, patches)
+    cut = patchify(images, size).reshape(-1, *shape)
+    basis = bases.PCA.fit(cut) if pca else bases.Pixel(shape)
+    moments = priors.measure(basis, cut)
     prior = priors.isotropic(moments, float(moments.variance.mean().sqrt()))
     return Autoregressor(inner, basis.float(), prior.float())
 
@@ -482,9 +271,9 @@ class Trainer(training.Loop):
         checkpoint: str | Path | None = None,
     ) -> None:
         network = model.network
-        _labelled(labels, len(images), network.classes)
         if (labels is None) != (network.classes == 0):
-            raise ValueError(f"labels must be given for {network.classes} classes, and for none must not")
+            raise ValueError(f"labels must be given if the network has classes, only then; it has {network.classes}")
+        _labelled(labels, len(images), network.classes)
         plain = Denoiser(network, model.basis, model.prior)
         super().__init__(plain, images, network.image, settings, checkpoint)
         self.model, self.schedule = model.to(self.images.device), schedule
@@ -522,22 +311,8 @@ class Trainer(training.Loop):
 
     def averaged(self) -> Autoregressor:
         """A model with the averaged weights, sharing basis and prior; for sampling."""
-        return Autoregressor(self.average.module, self.model.basis, self.model.prior).eval()
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What `generate` returns.
-
-    Attributes:
-        data: images (n, c, h, w), in units of the data, float32.
-        order: in which the tokens of each were drawn, (n, L).
-        cuts: numbers of tokens known before each step and at the end.
-    """
-
-    data: Tensor
-    order: Order
-    cuts: list[int]
+        network: Network = self.average.module  # type: ignore[assignment]
+        return Autoregressor(network, self.model.basis, self.model.prior).eval()
 
 
 @torch.no_grad()
@@ -545,6 +320,7 @@ def generate(
     model: Autoregressor,
     schedule: Schedule,
     n: int,
+    generator: torch.Generator,
     steps: int | None = None,
     head_steps: int = 50,
     method: str = "ancestral",
@@ -552,27 +328,26 @@ def generate(
     guidance: float = 1.0,
     guidance_schedule: str = "linear",
     labels: Labels | None = None,
-    generator: torch.Generator | None = None,
-) -> Generated:
-    """Draw `n` images, some tokens at a time, each token by a sampler of its own.
+) -> tuple[Batch, Order]:
+    """Draw `n` images, some tokens at a time, each token by a sampler of its own; and the order of tokens in each.
 
     Arguments:
         model: ready to sample (`eval`).
         schedule: of one token.
         n: number of images.
+        generator: of all randomness.
         steps: of the trunk, R; those of a masked model take tokens as `unmasking` says. Default one token a step.
         head_steps, method, temperature: as `steps`, `method`, `temperature` of `samplers.sample`.
         guidance: weight w of the label, 1 is without; `linear` grows it from 1 with the share of tokens known after
             the step, 1 + (w - 1) known / L, `constant` does not.
         guidance_schedule: `linear` or `constant`.
         labels: (n,); default none.
-        generator: of all randomness.
 
     Raises:
         ValueError: for sizes out of range, several tokens a step of a causal model, an unknown schedule of guidance,
             guidance without labels, or labels that do not fit.
     """
-    network, device = model.network, model.prior.mean.device
+    network = model.network
     cuts = unmasking(network.count, network.count if steps is None else steps)
     if network.kind != "masked" and len(cuts) <= network.count:
         raise ValueError(f"a {network.kind} model draws one token a step, steps = {network.count}; got {steps}")
@@ -581,9 +356,8 @@ def generate(
     if guidance != 1 and labels is None:
         raise ValueError(f"guidance = {guidance} needs labels")
     _labelled(labels, n, network.classes)
-    generator = torch.Generator(device) if generator is None else generator
     order = _orders(network.kind == "raster", n, network.count, generator)
-    tokens = torch.zeros(n, network.count, math.prod(model.basis.shape), device=device)
+    tokens = torch.zeros(n, network.count, math.prod(model.basis.shape), device=generator.device)
     process, cache = model.process(schedule), network.trunk.cache()
     for start, stop in pairwise(cuts):
         w = 1 + (guidance - 1) * (stop / network.count if guidance_schedule == "linear" else 1)
@@ -593,7 +367,7 @@ def generate(
         )
         places = order[:, start:stop, None].expand(-1, -1, tokens.shape[-1])
         tokens = tokens.scatter(1, places, drawn.white.float().reshape(places.shape))
-    return Generated(model.images(tokens), order, cuts)
+    return model.images(tokens), order
 
 
 @dataclass(frozen=True)
@@ -652,14 +426,15 @@ def chain(
     n, count = tokens.shape[:2]
     if [cuts[0], cuts[-1]] != [0, count] or any(a >= b for a, b in pairwise(cuts)):
         raise ValueError(f"cuts must rise from 0 to the number of tokens, {count}; got {list(cuts)}")
-    patches, shape = patchify(data, process.schedule.shape[-1]), process.schedule.shape
+    shape = process.schedule.shape
+    raw = patchify(data, shape[-1])
     generator, rows = torch.Generator(data.device).manual_seed(seed), []
     for some in [slice(i, i + chunk) for i in range(0, n, chunk)] * draws:
         known, each = tokens[some], []
         order = _orders(raster, len(known), count, generator)
         for start, stop in pairwise(cuts):
             model = conditional(known, order, start, stop, None if labels is None else labels[some])
-            asked = patches[some].take_along_dim(order[:, start:stop, None], 1).reshape(-1, *shape)
+            asked = raw[some].take_along_dim(order[:, start:stop, None], 1).reshape(-1, *shape)
             own = int(torch.randint(2**31, (), generator=generator, device=generator.device))
             found = likelihood.bound(
                 model, process, asked, draws=1, seed=own, steps=steps, decoder=decoder, chunk=len(asked)
@@ -681,19 +456,14 @@ def chain(
 
 
 def _white(basis: bases.Basis, prior: priors.Prior, images: Batch) -> Tokens:
-    patches = patchify(images, basis.shape[-1])
-    return prior.whiten(basis(patches.reshape(-1, *basis.shape))).reshape(patches.shape)
+    raw = patchify(images, basis.shape[-1])
+    return prior.whiten(basis(raw.reshape(-1, *basis.shape))).reshape(raw.shape)
 
 
 def _orders(raster: bool, n: int, count: int, generator: torch.Generator) -> Order:
     if raster:
         return torch.arange(count, device=generator.device).expand(n, -1)
     return torch.rand(n, count, generator=generator, device=generator.device).argsort(1)
-
-
-def _divided(sides: Sequence[int], size: int) -> None:
-    if size < 1 or any(side % size for side in sides):
-        raise ValueError(f"size of a patch must divide height {sides[0]} and width {sides[1]}; got {size}")
 
 
 def _labelled(labels: Labels | None, n: int, classes: int) -> None:
