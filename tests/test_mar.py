@@ -359,6 +359,14 @@ def test_the_cache_saves_most_of_the_work(monkeypatch):
     assert flops[1] > 10 * flops[0]
 
 
+@pytest.mark.parametrize("kind", ["raster", "random"])
+def test_a_causal_trunk_answers_one_by_one_as_all_at_once(kind):
+    model, order, tokens = build(kind, depth=2), orders(3), tokens_of(build(kind), 3)
+    together = model.network.trunk(tokens, order, 0, 6, LABELS[:3])
+    for k in range(6):
+        torch.testing.assert_close(model.network.trunk(tokens, order, k, k + 1, LABELS[:3])[:, 0], together[:, k])
+
+
 @given(st.integers(1, 300), st.data())
 def test_unmasking_takes_each_token_once_in_steps_that_grow(count, data):
     steps = data.draw(st.integers(1, count))
@@ -650,6 +658,14 @@ def test_a_checkpoint_of_another_kind_or_setting_is_refused(tmp_path):
             trainer(**other, checkpoint=file)
     with pytest.raises(ValueError, match="state of a training run"):
         mar.load(file)
+
+
+def test_the_noise_is_the_cosine_and_its_ends_are_tame():
+    schedule = mar.noise(build("raster"))
+    ends = schedule.gamma(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert schedule.shape == (1, 2, 2) and ends.flatten(1).unique(dim=1).flatten().tolist() == pytest.approx([-10, 7])
+    middle = torch.tensor([0.5], dtype=torch.float64)
+    assert torch.equal(schedule.gamma(middle), schedules.cosine((1, 2, 2)).gamma(middle))
 
 
 # Files
