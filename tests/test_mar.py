@@ -203,6 +203,18 @@ def test_the_random_estimate_agrees_within_its_error(raster):
     assert not torch.equal(again.nats, other.nats)
 
 
+def test_decoder_and_steps_are_those_of_the_bound():
+    model = build("raster", awake=False, classes=0)
+    data, process = scale(pictures(16)), model.process(mar.noise(model))
+    limit, few, exact = (
+        mar.chain(model.given, process, data, [0, 6], True, draws=4, **more)
+        for more in ({}, {"steps": 5}, {"decoder": "discrete"})
+    )
+    assert few.bits > limit.bits + 0.1  # five steps cost more than infinitely many
+    assert (exact.width, exact.volume, limit.width) == (1.0, 0.0, likelihood.GREY_LEVEL)
+    assert abs(exact.bits - limit.bits) < 1.5
+
+
 def test_every_image_and_draw_has_an_order_and_label_of_its_own():
     data, _, process, models = gaussian((1, 2, 3), 50)
     seen = []
