@@ -304,10 +304,27 @@ def test_a_masked_trunk_knows_no_order_and_places_all_it_asks_for():
     trunk = build("masked").network.trunk
     tokens, labels = cases.randn(1, 6, 4).float(), torch.tensor([0])
     z = trunk(tokens, torch.tensor([[3, 1, 4, 0, 2, 5]]), 3, 6, labels)
-    turned = trunk(tokens, torch.tensor([[4, 3, 1, 5, 0, 2]]), 3, 6, labels)
+    turned = trunk(tokens, torch.tensor([[1, 4, 3, 5, 0, 2]]), 3, 6, labels)
     torch.testing.assert_close(turned, z[:, [2, 0, 1]])
     torch.testing.assert_close(trunk(tokens, torch.tensor([[3, 1, 4, 0, 2, 5]]), 3, 5, labels), z[:, :2])
     assert (z[:, 0] - z[:, 1]).abs().max() > 1e-3
+
+
+PLACES = {"random": ["place", "target"], "masked": ["encoder_place", "decoder_place", "head_place"]}
+
+
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind in PLACES for name in PLACES[kind]])
+def test_each_embedding_of_places_tells_them_on_its_own(kind, name):
+    trunk, tokens = build(kind).network.trunk, torch.ones(1, 6, 4)
+
+    def answer(order):
+        return trunk(tokens, torch.tensor([order]), 3, 6, torch.tensor([0]))
+
+    for other in set(PLACES[kind]) - {name}:
+        nn.init.zeros_(getattr(trunk, other).weight)
+    assert (answer([3, 1, 4, 0, 2, 5]) - answer([0, 2, 5, 3, 1, 4])).abs().max() > 1e-3
+    nn.init.zeros_(getattr(trunk, name).weight)
+    torch.testing.assert_close(answer([3, 1, 4, 0, 2, 5]), answer([0, 2, 5, 3, 1, 4]))
 
 
 @pytest.mark.parametrize("kind", mar.KINDS)
