@@ -355,6 +355,11 @@ def test_an_untrained_model_answers_as_for_independent_normals(kind):
     torch.testing.assert_close(answer, gaussian_eps(x, gamma.expand_as(x), model.prior.white_variance.float()))
 
 
+def test_layers_of_an_untrained_head_change_nothing():
+    x, y = cases.randn(3, 24).float(), cases.randn(3, 24, seed=1).float()
+    assert all(torch.equal(layer(x, y), x) for layer in build("raster", awake=False).network.head.layers)
+
+
 # Steps and caches
 
 
