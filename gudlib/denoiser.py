@@ -99,19 +99,23 @@ def load(path: str | Path) -> Denoiser:
     Raises:
         ValueError: if the file is not a complete checkpoint; the message names it.
     """
-    tensors, header = _read_saved(path)
+    tensors, header = read_saved(path)
+    network = networks.make(header["network"], tensors.get("network.levels.groups"))
+    denoiser = Denoiser(network, *components(tensors, header))
+    denoiser.load_state_dict(tensors)
+    return denoiser.eval()
+
+
+def components(tensors: dict[str, Tensor], header: dict[str, Any]) -> tuple[bases.Basis, Prior]:
+    """Basis and prior of what `read_saved` read."""
     shape = tuple(header["shape"])
     if header["basis"]["name"] == "pca":
         basis: bases.Basis = bases.PCA(tensors["basis.matrix"], shape, tensors["basis.eigenvalues"])
     else:
         basis = bases.make(**header["basis"], shape=shape)
-    prior = Prior(
+    return basis, Prior(
         Moments(tensors["prior.mean"], tensors["prior.variance"], header["floor"]), tensors["prior.scale"]
     )
-    network = networks.make(header["network"], tensors.get("network.levels.groups"))
-    denoiser = Denoiser(network, basis, prior)
-    denoiser.load_state_dict(tensors)
-    return denoiser.eval()
 
 
 def card(path: str | Path) -> dict[str, Any]:
@@ -120,10 +124,15 @@ def card(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not a complete checkpoint.
     """
-    return _read_saved(path)[1]["card"]
+    return read_saved(path)[1]["card"]
 
 
-def _read_saved(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_saved(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file written by `save`.
+
+    Raises:
+        ValueError: if the file is not a complete checkpoint; the message names it.
+    """
     tensors, header = read_tensors(path)
     if "card" not in header:
         raise ValueError(f"{path} is the state of a training run: resume it with a Trainer, and `save` its denoiser")

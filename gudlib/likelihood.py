@@ -239,7 +239,8 @@ def bound(
         return {"path": known + paid / density[:, None], "decoder": last, "time": t, "size": paid.sum(1)}
 
     settings = {"what": "bound", "seed": seed, "steps": steps, "decoder": decoder, "importance": importance}
-    found = _collect(one, draws, store, _key(model, process, white, settings | {"groups": groups.tolist()}), progress)
+    key = _key(model, process, white, settings | {"groups": groups.tolist()}) if store else ""
+    found = _collect(one, draws, store, key, progress)
     end = process.schedule.gamma(torch.ones((), dtype=torch.float64)).to(white)
     left = 0.5 * (torch.sigmoid(-end) * white.square() + torch.sigmoid(end) - 1 + torch.nn.functional.softplus(-end))
     return Likelihood(
@@ -306,7 +307,8 @@ def flow(
             }
 
     settings = {"what": "flow", "seed": seed, "decoder": decoder, "tolerance": tolerance, "chunk": chunk}
-    found = _collect(one, draws * len(parts), store, _key(model, process, white, settings), progress)
+    key = _key(model, process, white, settings) if store else ""
+    found = _collect(one, draws * len(parts), store, key, progress)
     whole = {name: torch.cat([part[name] for part in found]).reshape(draws, -1) for name in found[0]}
     return Likelihood(
         prior=whole["prior"],

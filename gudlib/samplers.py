@@ -293,6 +293,7 @@ def sample(
     keep: int = 0,
     progress: bool = False,
     grid: str | Float[Tensor, " k"] = "uniform",
+    temperature: float = 1.0,
 ) -> Samples:
     """Draw `n` samples by `steps` updates from the prior to the data.
 
@@ -311,6 +312,7 @@ def sample(
         progress: show a bar.
         grid: `uniform`, equal steps of t; `adapted`, those of `times`; or the times themselves, falling from 1 to 0,
             which then settle the number of steps.
+        temperature: factor of the noise that steps add, not of the start.
 
     Raises:
         ValueError: for an unknown method or grid, n or steps below 1, keep of 1 or beyond steps + 1, or a start or
@@ -337,7 +339,7 @@ def sample(
         step = update(model, process, x, t[i], t[i + 1])
         x, nfe, update = step.mean, nfe + step.nfe, step.then or update
         if bool(step.std.any()):
-            x = x + step.std * torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
+            x = x + temperature * step.std * torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
         if i + 1 in kept:
             states.append(x)
     return Samples(

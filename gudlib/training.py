@@ -14,6 +14,7 @@ the run that was not.
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,8 +36,8 @@ WEIGHTINGS = ("plain", "likelihood")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to train.
+class LoopSettings:
+    """How to train, whatever the loss.
 
     Attributes:
         steps: optimiser steps in all.
@@ -45,7 +46,6 @@ class Settings:
         warmup: steps.
         ema: decay of the averaged weights, reached gradually as min(ema, (1 + n) / (10 + n)).
         clip: largest gradient norm.
-        softness: range (lowest, highest) of the inverse softness `a`, drawn uniformly for each image.
         weighting: `plain` or `likelihood`.
         seed: of everything random.
         save_every: steps between checkpoints.
@@ -57,7 +57,6 @@ class Settings:
     warmup: int = 100
     ema: float = 0.999
     clip: float = 1.0
-    softness: tuple[float, float] = (0.4, 1.6)
     weighting: str = "plain"
     seed: int = 0
     save_every: int = 1000
@@ -68,10 +67,24 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if not (self.rate > 0 and 0 <= self.ema < 1):
             raise ValueError(f"rate must be positive and ema in [0, 1); got {self.rate} and {self.ema}")
-        if not isinstance(self.softness, tuple | list) or self.softness[0] > self.softness[1]:
-            raise ValueError(f"softness must be (lowest, highest); got {self.softness}")
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}; got {self.weighting!r}")
+
+
+@dataclass(frozen=True)
+class Settings(LoopSettings):
+    """How to train along a family of schedules.
+
+    Attributes:
+        softness: range (lowest, highest) of the inverse softness `a`, drawn uniformly for each image.
+    """
+
+    softness: tuple[float, float] = (0.4, 1.6)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.softness, tuple | list) or self.softness[0] > self.softness[1]:
+            raise ValueError(f"softness must be (lowest, highest); got {self.softness}")
 
 
 @dataclass(frozen=True)
@@ -125,13 +138,13 @@ def evaluate(
     return total / len(white)
 
 
-class Trainer:
-    """Holds network, average, optimiser and position; `run` goes on from there.
+class Loop(ABC):
+    """Holds network, average, optimiser and position; `run` goes on from there, with the loss of its subclass.
 
     Arguments:
-        denoiser: to be trained in place.
-        images: the training data (n, c, h, w), uint8, dequantised with uniform noise at every use.
-        family: the schedule for a tensor of softnesses, one for each image of a batch.
+        denoiser: its network is trained in place.
+        images: the training data (n, c, h, w), uint8.
+        shape: that an image must have, (c, h, w).
         settings: how to train.
         checkpoint: file to write to every `save_every` steps and at the end, and to resume from if it is there.
 
@@ -143,18 +156,18 @@ class Trainer:
         self,
         denoiser: Denoiser,
         images: UInt8[Tensor, "n c h w"],
-        family: Family,
-        settings: Settings,
-        checkpoint: str | Path | None = None,
+        shape: tuple[int, ...],
+        settings: LoopSettings,
+        checkpoint: str | Path | None,
     ) -> None:
         from accelerate import Accelerator
 
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != denoiser.basis.shape:
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != tuple(shape):
             raise ValueError(
-                f"images must be uint8 of shape (n, {', '.join(map(str, denoiser.basis.shape))}); "
+                f"images must be uint8 of shape (n, {', '.join(map(str, shape))}); "
                 f"got {images.dtype} of shape {tuple(images.shape)}"
             )
-        self.settings, self.family, self.checkpoint = settings, family, checkpoint
+        self.settings, self.checkpoint = settings, checkpoint
         self.accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
         denoiser.to(self.accelerator.device)
         self.images = images.to(self.accelerator.device)
@@ -176,31 +189,20 @@ class Trainer:
                 self.save(self.checkpoint)
             yield Record(self.step, loss, by_group, rate, time.perf_counter() - start)
 
+    @abstractmethod
     def loss(self, index: int) -> tuple[Tensor, Tensor]:
         """Weighted loss, and squared noise errors (b, c, h, w), on the batch that belongs to step `index`."""
-        s, device = self.settings, self.accelerator.device
-        # A stream of its own for every step: nothing to store for a resume
-        generator = torch.Generator(device).manual_seed(s.seed * 1_000_003 + index)
-        which = torch.randint(len(self.images), (s.batch,), generator=generator, device=device)
-        t, a = times(s.batch, generator), times(s.batch, generator)
-        a = a[torch.randperm(s.batch, generator=generator, device=device)]
-        data = dequantise(self.images[which], generator)
-        eps = torch.randn(data.shape, generator=generator, device=device)
 
-        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        low, high = s.softness
-        schedule = self.family(low + (high - low) * a[mine])
-        gamma, eps = schedule.gamma(t[mine]).float(), eps[mine]
-        white = self.denoiser.prior.whiten(self.denoiser.basis(data[mine]))
-        error = (eps - self.denoiser(diffuse(white, gamma, eps), gamma)).square()
-        if s.weighting == "plain":
-            return error.mean(), error
-        rate = schedule.rate(t[mine]).float()
-        return (rate * error).mean() / rate.mean(), error
+    def stream(self, index: int) -> torch.Generator:
+        """The randomness of step `index`: a stream of its own for every step leaves nothing to store for a resume."""
+        return torch.Generator(self.accelerator.device).manual_seed(self.settings.seed * 1_000_003 + index)
 
-    def averaged(self) -> Denoiser:
-        """A denoiser with the averaged weights, sharing basis and prior; for sampling."""
-        return Denoiser(self.average.module, self.denoiser.basis, self.denoiser.prior).eval()
+    def weighted(self, error: Tensor, schedule: Schedule, t: Float[Tensor, " b"]) -> Tensor:
+        """The mean of the errors (b, c, h, w) at times `t`, weighted as the settings say."""
+        if self.settings.weighting == "plain":
+            return error.mean()
+        rate = schedule.rate(t).float()
+        return (rate * error).mean() / rate.mean()
 
     def save(self, path: str | Path) -> None:
         """Write the whole state to one file, atomically."""
@@ -264,6 +266,56 @@ class Trainer:
 
     def _header(self) -> dict[str, Any]:
         return {"settings": asdict(self.settings), "images": list(self.images.shape), **self._described}
+
+
+class Trainer(Loop):
+    """Trains a denoiser along a family of schedules.
+
+    Arguments:
+        denoiser: to be trained in place.
+        images: the training data (n, c, h, w), uint8, dequantised with uniform noise at every use.
+        family: the schedule for a tensor of softnesses, one for each image of a batch.
+        settings: how to train.
+        checkpoint: file to write to every `save_every` steps and at the end, and to resume from if it is there.
+
+    Raises:
+        ValueError: if the checkpoint at that place was trained with other settings, network or data shape.
+    """
+
+    settings: Settings
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        images: UInt8[Tensor, "n c h w"],
+        family: Family,
+        settings: Settings,
+        checkpoint: str | Path | None = None,
+    ) -> None:
+        self.family = family
+        super().__init__(denoiser, images, denoiser.basis.shape, settings, checkpoint)
+
+    def loss(self, index: int) -> tuple[Tensor, Tensor]:
+        """Weighted loss, and squared noise errors (b, c, h, w), on the batch that belongs to step `index`."""
+        s, device = self.settings, self.accelerator.device
+        generator = self.stream(index)
+        which = torch.randint(len(self.images), (s.batch,), generator=generator, device=device)
+        t, a = times(s.batch, generator), times(s.batch, generator)
+        a = a[torch.randperm(s.batch, generator=generator, device=device)]
+        data = dequantise(self.images[which], generator)
+        eps = torch.randn(data.shape, generator=generator, device=device)
+
+        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        low, high = s.softness
+        schedule = self.family(low + (high - low) * a[mine])
+        gamma, eps = schedule.gamma(t[mine]).float(), eps[mine]
+        white = self.denoiser.prior.whiten(self.denoiser.basis(data[mine]))
+        error = (eps - self.denoiser(diffuse(white, gamma, eps), gamma)).square()
+        return self.weighted(error, schedule, t[mine]), error
+
+    def averaged(self) -> Denoiser:
+        """A denoiser with the averaged weights, sharing basis and prior; for sampling."""
+        return Denoiser(self.average.module, self.denoiser.basis, self.denoiser.prior).eval()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

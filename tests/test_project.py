@@ -21,8 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
 
 # A module may import those before it. Leaves import none; siblings don't know one another.
-ORDER = """lattice bases priors schedules process exact zoo networks denoiser data training samplers likelihood metrics
-    designs plotting ledger notebooks runs doctor __main__""".split()
+ORDER = """lattice bases priors schedules process exact zoo networks transformers denoiser data training samplers
+    likelihood metrics mar designs plotting ledger notebooks runs doctor __main__""".split()
 LEAVES = {"lattice", "bases", "priors", "schedules", "networks", "data", "ledger", "notebooks"}
 SIBLINGS = {"training", "samplers", "likelihood"}
 TAGS = ("navigation", "parameters", "nbval-check-output")
