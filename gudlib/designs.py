@@ -12,7 +12,6 @@ the end that the noise flows to and the numbers that the network is told, not th
 to all components, the other reading of "change the prior", the ratio follows the prior, which is a = 1 - r.
 """
 
-import copy
 import math
 import time
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from gudlib import bases, likelihood, metrics, networks, priors, samplers
+from gudlib import bases, likelihood, metrics, priors, samplers
 from gudlib.data import dequantise, scale, to_uint8
-from gudlib.denoiser import Denoiser
+from gudlib.denoiser import Denoiser, build
 from gudlib.process import Model, Process
 from gudlib.schedules import Schedule, soft_conditioning
 
@@ -113,12 +112,12 @@ class Setting:
         Its weights are drawn by torch's global generator, which is left as it was.
         """
         kind, count = CONDITIONINGS[self.design.conditioning]
-        basis, prior = copy.deepcopy(self.basis).float(), copy.deepcopy(self.prior).float()
-        groups = bases.groups_by(prior.order, count)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            net = networks.UNet(basis.shape, groups, 2 * basis.shape[0], width, conditioning=kind, **network)
-        return Denoiser(_Clock(net, self) if self.design.conditioning == "time" else net, basis, prior)
+            built = build(self.basis, self.prior, count, width=width, conditioning=kind, **network)
+        if self.design.conditioning == "time":
+            built.network = _Clock(built.network, self)
+        return built
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -139,7 +138,7 @@ class Setting:
 class _Clock(nn.Module):
     """A network that is told t and nothing else, as one level for all components, from -10 to 10."""
 
-    def __init__(self, network: networks.UNet, setting: Setting) -> None:
+    def __init__(self, network: Any, setting: Setting) -> None:
         super().__init__()
         self.network, self.setting = network, setting
         self.config = {**network.config, "told": "time"}
