@@ -65,16 +65,18 @@ class Denoiser(nn.Module):
         return gaussian_eps(white_t, gamma, c) + (signal * c / v).sqrt() * self.basis(answer).to(white_t)
 
 
-def build(basis: bases.Basis, prior: Prior, groups: int = 16, label: str | None = None, **network: Any) -> Denoiser:
+def build(
+    basis: bases.Basis, prior: Prior, groups: int = 16, label: str | Tensor | None = None, **network: Any
+) -> Denoiser:
     """A denoiser with a fresh U-Net for a basis and a prior, which it copies as float32.
 
     Arguments:
         basis, prior: the components.
         groups: into how many groups of noise levels the network's conditioning divides the components.
-        label: the label along which they are grouped; default the prior's order (variance).
+        label: along which they are grouped, by name or itself (c, h, w); default the prior's order (variance).
         network: options of `networks.UNet`.
     """
-    along = prior.order.cpu() if label is None else basis.label(label)
+    along = prior.order.cpu() if label is None else basis.label(label) if isinstance(label, str) else label
     unet = networks.UNet(basis.shape, bases.groups_by(along, groups), inputs=2 * basis.shape[0], **network)
     return Denoiser(unet, copy.deepcopy(basis).float(), copy.deepcopy(prior).float())
 

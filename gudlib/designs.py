@@ -14,6 +14,7 @@ to all components, the other reading of "change the prior", the ratio follows th
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,13 @@ from gudlib import bases, likelihood, metrics, priors, samplers
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser, build
 from gudlib.process import Model, Process
-from gudlib.schedules import Schedule, soft_conditioning
+from gudlib.schedules import Schedule, Share, sequential, soft_conditioning
 
 FINEST = 1 / 3 * likelihood.GREY_LEVEL  # standard deviation of the noise at t = 0, units of the data
 GONE = 5.0  # -log SNR at t = 1
-CONDITIONINGS = {"time": ("film", 1), "pooled": ("film", 1), "grouped": ("film", 16), "attention": ("attention", 16)}
+CONDITIONINGS = {
+    "time": ("film", 1), "pooled": ("film", 1), "grouped": ("film", 16), "attention": ("attention", 16), "map": ("map", 1)
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Design:
         r: exponent of the prior, 0 isotropic to 1 whitened.
         softness: lowest and highest inverse softness `a` in training.
         conditioning: what the network is told: `time` (t alone), `pooled` (the mean of gamma), `grouped` (the means of
-            16 groups) or `attention` (the same as tokens to attend to).
+            16 groups), `attention` (the same as tokens to attend to) or `map` (gamma itself as an image).
     """
 
     basis: str = "pca"
@@ -92,6 +95,11 @@ class Setting:
     def schedule(self, a: float | Float[Tensor, " batch"]) -> Schedule:
         """Soft-conditioning with the common ends; a tensor holds one `a` for each image of a batch."""
         return soft_conditioning(self.prior.order, a, self.prior.log_variance, self.denoise(a), self.noise)
+
+    def sequential(self, order: Tensor | Sequence[Tensor], b: Share | Sequence[Share]) -> Schedule:
+        """Components one after another (`schedules.sequential`), each from the finest noise to an SNR of e^-noise."""
+        low = 2 * math.log(FINEST) - 2 * self.prior.scale.log()
+        return sequential(order, b, low, self.noise + self.prior.log_variance)
 
     def process(self, a: float) -> Process:
         """The design's process at inverse softness `a`."""

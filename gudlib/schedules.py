@@ -14,11 +14,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Time = Float[Tensor, "*t"]
 PerComponent = Float[Tensor, "c h w"]
+Share = float | Float[Tensor, " batch"]
 Shape = tuple[int, int, int]
 
 
@@ -201,9 +202,9 @@ def soft_conditioning(
 
 def sequential(
     order: PerComponent | Sequence[PerComponent],
-    b: float | Sequence[float],
-    low: float = -7.0,
-    high: float = 5.0,
+    b: Share | Sequence[Share],
+    low: float | PerComponent = -7.0,
+    high: float | PerComponent = 5.0,
 ) -> Schedule:
     r"""Components wait, rise with one slope, and stop: columns, rows, patches or any other grouping one after another.
 
@@ -221,33 +222,62 @@ def sequential(
 
     Arguments:
         order: (c, h, w), or several of one shape; higher = noised earlier, generated later.
-        b: softness in [1/K, 1] for each ordering, K its number of distinct values.
-        low, high: gamma before and after.
+        b: softness in [1/K, 1] for each ordering, K its number of distinct values; a tensor holds one for each image
+            of a batch.
+        low, high: gamma before and after, for all components or for each.
 
     Raises:
         ValueError: if b is out of range (below 1/K nothing would move for part of the time), the numbers of orders and
             of b differ, or low >= high.
     """
     orders = [order] if isinstance(order, Tensor) else list(order)
-    shares = [b] if isinstance(b, int | float) else list(b)
-    _rising(low, high)
+    shares = [b] if isinstance(b, int | float | Tensor) else list(b)
+    low, high = (torch.as_tensor(x, dtype=torch.float64) for x in (low, high))
+    if not bool((low < high).all()):
+        raise ValueError(f"low must be below high everywhere; got {low.max().item():g} and {high.min().item():g}")
     if not orders or len(orders) != len(shares):
         raise ValueError(f"b must hold one softness for each ordering; got {len(shares)} for {len(orders)}")
-    start, duration = torch.zeros_like(orders[0], dtype=torch.float64), 1.0
-    for values, share in zip(orders, shares, strict=True):
+    start, duration = torch.zeros_like(orders[0], dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    for values, each in zip(orders, shares, strict=True):
+        share = torch.as_tensor(each, dtype=torch.float64)[..., None, None, None]
         groups = values.unique().numel()
-        if not 1 / groups - 1e-12 <= share <= 1:
-            raise ValueError(f"b must lie between 1/{groups} (one of {groups} groups after another) and 1; got {share}")
+        if bool((share < 1 / groups - 1e-12).any() or (share > 1).any()):
+            raise ValueError(f"b must lie between 1/{groups} (one of {groups} groups after another) and 1; got {each}")
         span = (values.max() - values.min()).double()
         rank = (values - values.min()).double() / (span if span > 0 else 1)
         start = start + duration * (1 - share) * (1 - rank)
-        duration *= share
+        duration = duration * share
 
     def gamma(t: Tensor) -> Tensor:
-        return low + (high - low) * ((t - start.to(t)) / duration).clamp(0, 1)
+        first, last, begun, lasting = (x.to(t) for x in (low, high, start, duration))
+        return first + (last - first) * ((t - begun) / lasting).clamp(0, 1)
 
-    kinks = torch.stack([start, start + duration])
-    return Schedule(gamma, (start.shape[0], start.shape[1], start.shape[2]), kinks)
+    kinks = torch.stack([start, start + duration]) if start.ndim == 3 else ()
+    return Schedule(gamma, (start.shape[-3], start.shape[-2], start.shape[-1]), kinks)
+
+
+def held(schedule: Schedule, known: Bool[Tensor, "*batch c h w"]) -> Schedule:
+    """The same schedule, but for components that are known: those are never noised, gamma_i(t) = gamma_i(0).
+
+    Sampling along it, from a start that holds the known components as they are at t = 0, fills in the others.
+
+    Arguments:
+        schedule: of all components.
+        known: which are given; leading axes hold one mask for each image of a batch.
+
+    Raises:
+        ValueError: if the mask does not fit the schedule.
+    """
+    if known.dtype != torch.bool or tuple(known.shape[-3:]) != schedule.shape:
+        raise ValueError(f"known must be a mask (bool) of shape {schedule.shape}; got {known.dtype}, {known.shape}")
+    shape = (*known.shape[:-3], 1, 1, 1)
+
+    def gamma(t: Tensor) -> Tensor:
+        moving = schedule.gamma(t[..., 0, 0, 0])
+        clean = schedule.gamma(torch.zeros((), dtype=t.dtype, device=t.device))
+        return torch.where(known.to(t.device), clean.expand(*shape[:-3], *clean.shape[-3:]), moving)
+
+    return Schedule(gamma, schedule.shape, schedule.kinks)
 
 
 def patches(shape: Shape, size: int) -> PerComponent:
