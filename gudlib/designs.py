@@ -31,7 +31,8 @@ from gudlib.schedules import Schedule, Share, sequential, soft_conditioning
 FINEST = 1 / 3 * likelihood.GREY_LEVEL  # standard deviation of the noise at t = 0, units of the data
 GONE = 5.0  # -log SNR at t = 1
 CONDITIONINGS = {
-    "time": ("film", 1), "pooled": ("film", 1), "grouped": ("film", 16), "attention": ("attention", 16), "map": ("map", 1)
+    "time": ("film", 1), "pooled": ("film", 1), "grouped": ("film", 16), "attention": ("attention", 16),
+    "map": ("map", 1),
 }  # fmt: skip
 
 

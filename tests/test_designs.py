@@ -177,7 +177,7 @@ def test_settings_repeat_themselves_and_leave_torchs_generator_alone():
     ("given", "message"),
     [
         ({"basis": "wavelet"}, "basis must be one of .*'plain', 'pixel', 'pca', .*; got 'wavelet'"),
-        ({"conditioning": "map"}, "conditioning must be one of .*'time', 'pooled', .*; got 'map'"),
+        ({"conditioning": "vector"}, "conditioning must be one of .*'time', 'pooled', .*; got 'vector'"),
         ({"softness": (1.6, 0.4)}, r"softness must be \(lowest, highest\), not negative; got \(1.6, 0.4\)"),
         ({"softness": (-0.1, 0.4)}, r"softness must be .* got \(-0.1, 0.4\)"),
         ({"softness": (math.nan, 1.0)}, r"softness must be .* got \(nan, 1.0\)"),
