@@ -182,4 +182,3 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {k: file.get_tensor(k) for k in file.keys()}, header  # noqa: SIM118 (not a mapping)
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a complete gudlib checkpoint: {error}") from error
-

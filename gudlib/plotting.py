@@ -120,9 +120,7 @@ def forward_strip(
     return process.data(process.schedule.alpha(t) * white + process.schedule.sigma(t) * noise.to(picture))
 
 
-def snr_fan(
-    ax: Axes, schedule: Schedule, label: Float[Tensor, "c h w"], name: str = "", lines: int = 9
-) -> Axes:
+def snr_fan(ax: Axes, schedule: Schedule, label: Float[Tensor, "c h w"], name: str = "", lines: int = 9) -> Axes:
     """log SNR of unit-variance components along t, from dark (lowest label) to light (highest).
 
     Arguments:

@@ -39,19 +39,22 @@ References:
     https://arxiv.org/abs/2302.04867 (the correction without a further call)
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gudlib.process import Batch, Gamma, Model, Process, from_eps
-from gudlib.schedules import alpha, sigma
+from gudlib.process import Batch, Gamma, Model, Process, diffuse, from_eps
+from gudlib.schedules import alpha, held, sigma
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,7 @@ def multistep(gaussian: bool = True, order: int = 2) -> Method:
     The second order holds on to m + (h / 2 h_prev) (m - m_prev), with h = gamma_t - gamma_s of each component.
     """
 
-    def step(
-        model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor, last: Look | None = None
-    ) -> Step:
+    def step(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor, last: Look | None = None) -> Step:
         now, then = process.schedule.gamma(t), process.schedule.gamma(s)
         c = process.prior.white_variance if gaussian else torch.zeros(())
         seen = now, _mean(model(white_t, now), white_t, now, c)
@@ -335,12 +336,10 @@ def sample(
     x, nfe, t = start.double(), 0, t.to(device)
     kept = set(torch.linspace(0, steps, keep).round().long().tolist()) if keep else set()
     states = [x] if kept else []
-    for i in tqdm(range(steps), disable=not progress):
-        step = update(model, process, x, t[i], t[i + 1])
-        x, nfe, update = step.mean, nfe + step.nfe, step.then or update
-        if bool(step.std.any()):
-            x = x + temperature * step.std * torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
-        if i + 1 in kept:
+    walk = _walk(model, process, x, t, update, generator, temperature)
+    for i, reached in enumerate(tqdm(walk, total=steps, disable=not progress), 1):
+        x, nfe = reached
+        if i in kept:
             states.append(x)
     return Samples(
         data=process.data(x).float(),
@@ -349,6 +348,101 @@ def sample(
         times=t[sorted(kept)],
         states=torch.stack(states) if states else x.new_empty(0, *shape),
     )
+
+
+@torch.no_grad()
+def inpaint(
+    model: Model,
+    process: Process,
+    images: Batch,
+    known: Bool[Tensor, "*b c h w"],
+    steps: int = 50,
+    method: str | Method = "heun",
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Samples:
+    """Fill in what is not known: known components are not noised, the others are sampled along the schedule as ever.
+
+    No guidance and no replacement on the way: a model that has seen such noise levels in training knows the conditional
+    distribution. In the pixel basis this fills holes (inpainting) and surroundings (outpainting); in a hierarchical
+    basis with its coarse components known it adds detail (super-resolution).
+
+    Arguments:
+        model, process, steps, method, generator: as for `sample`.
+        images: in units of the data (n, c, h, w); their unknown components don't matter.
+        known: which components are given, for all images or for each.
+        options: further ones of `sample`.
+
+    Raises:
+        ValueError: if the mask does not fit the process, or as `sample`.
+    """
+    path = process.along(held(process.schedule, known))
+    return sample(model, path, len(images), steps, method, generator, _given(path, images, known, generator), **options)
+
+
+@torch.no_grad()
+def extend(
+    model: Model,
+    process: Process,
+    images: Float[Tensor, "n c h k"],
+    context: int,
+    steps: int = 2,
+    stride: int = 1,
+    method: str | Method = "gaussian",
+    generator: torch.Generator | None = None,
+) -> Iterator[Float[Tensor, "n c h stride"]]:
+    """Pictures that grow to the right, without end; time and memory of a column do not depend on how many there are.
+
+    On a schedule of columns each one does what its left neighbour did, one lag later. A window moved on by one column
+    and its clock put back by one lag is in a state the process has had before: so an endless strip needs the network
+    for one window only, which holds the last `context` finished columns, those that move, and some not yet touched.
+
+    Arguments:
+        model: `(white_t, gamma) -> eps_hat` for the window.
+        process: of the window, with pixel basis, a prior that is the same for all columns, and a schedule that is
+            `schedules.sequential` in the column.
+        images: what to extend, in units of the data; only the last `context` columns matter.
+        context: number of finished columns that the model is shown.
+        steps: updates for each new column. While a column moves, `steps` times as many happen as columns move at once.
+        stride: how many columns the window moves at once; a method's memory lasts from one move to the next.
+        method, generator: as for `sample`.
+
+    Yields:
+        The next `stride` columns, in units of the data, float32.
+
+    Raises:
+        ValueError: if the process is not of that kind, or the numbers don't fit it. Raised at the first column.
+    """
+    update, prior, width = _method(method), process.prior, process.schedule.shape[-1]
+    same = [bool((x - x[..., :1]).abs().max() <= 1e-6 * x.abs().max()) for x in (prior.mean, prior.scale)]
+    if process.basis.name != "pixel" or not all(same):
+        raise ValueError(f"process must have pixels and a prior the same for all columns; got {process.basis.name}")
+    kinks = process.schedule.kinks
+    lag = float(kinks[0]) if len(kinks) else 1.0
+    t = torch.tensor([0.3, 0.5, 0.8], dtype=torch.float64) * (1 - lag) + lag
+    left, right = process.schedule.gamma(t)[..., :-1], process.schedule.gamma(t - lag)[..., 1:]
+    if not torch.allclose(left, right) or torch.allclose(left, right[..., :1]):
+        raise ValueError("process must have a schedule of columns, each a lag behind its left neighbour")
+    most = math.floor(width - (1 - (width - 1) * lag) / lag + 1e-9)  # beyond, the last column would move
+    if not 1 <= context <= most or images.shape[-1] < context:
+        bound = min(most, images.shape[-1])
+        raise ValueError(f"context must lie between 1 and {bound} for this schedule and these images; got {context}")
+    if not 1 <= stride <= context or steps < 1:
+        raise ValueError(f"stride must lie between 1 and {context}, steps be at least 1; got {stride} and {steps}")
+
+    whole = torch.zeros(*images.shape[:-1], width, dtype=images.dtype, device=images.device)
+    whole[..., :context] = images[..., -context:]
+    known = (torch.arange(width) < context).expand(process.schedule.shape)
+    path, end = process.along(held(process.schedule, known)), (width - context) * lag
+    x, start = _given(path, whole, known, generator), 1.0
+    while True:
+        count = max(round((start - end) / lag * steps), 1)
+        times = torch.linspace(start, end, count + 1, dtype=torch.float64, device=x.device)
+        x, _ = deque(_walk(model, path, x, times, update, generator), maxlen=1).pop()
+        if path is process:
+            yield process.data(x)[..., context - stride : context].float()
+        fresh = torch.randn(x[..., :stride].shape, generator=generator, dtype=x.dtype, device=x.device)
+        x, path, start = torch.cat([x[..., stride:], fresh], dim=-1), process, end + stride * lag
 
 
 def push(
@@ -383,6 +477,32 @@ def push(
     for matrix, std in zip(*torch.func.vmap(linear)(t[:-1], t[1:]), strict=True):
         covariance, whole = matrix @ covariance @ matrix.T + (std**2).diag(), matrix @ whole
     return covariance, whole
+
+
+def _walk(
+    model: Model,
+    process: Process,
+    x: Batch,
+    t: Float[Tensor, " k"],
+    update: Method,
+    generator: torch.Generator | None,
+    temperature: float = 1.0,
+) -> Iterator[tuple[Batch, int]]:
+    nfe = 0
+    for now, then in pairwise(t):
+        step = update(model, process, x, now, then)
+        x, nfe, update = step.mean, nfe + step.nfe, step.then or update
+        if bool(step.std.any()):
+            x = x + temperature * step.std * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        yield x, nfe
+
+
+def _given(process: Process, images: Batch, known: Tensor, generator: torch.Generator | None) -> Batch:
+    """Noise, and in the known components the images as they are at t = 0."""
+    white = process.white(images.double())
+    eps = torch.randn(white.shape, generator=generator, dtype=white.dtype, device=white.device)
+    gamma = process.schedule.gamma(torch.zeros((), dtype=white.dtype, device=white.device))
+    return torch.where(known.to(white.device), diffuse(white, gamma, eps), eps)
 
 
 def _method(method: str | Method) -> Method:

@@ -78,9 +78,7 @@ class Causal(nn.Module):
         width, depth, heads, dropout: of 2 depth transformer blocks.
     """
 
-    def __init__(
-        self, count: int, dim: int, classes: int, width: int, depth: int, heads: int, dropout: float
-    ) -> None:
+    def __init__(self, count: int, dim: int, classes: int, width: int, depth: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.label, self.embed = nn.Embedding(classes + 1, width), nn.Linear(dim, width)
         self.place, self.target = nn.Embedding(count, width), nn.Embedding(count, width)
