@@ -377,9 +377,10 @@ def inpaint(
         ValueError: if the mask does not fit the process, or as `sample`.
     """
     path = process.along(held(process.schedule, known))
-    if tuple(path.schedule.batch) not in {(), (len(images),)}:
-        raise ValueError(f"known and schedule must be for all {len(images)} images or for each; got {tuple(known.shape)}")
-    return sample(model, path, len(images), steps, method, generator, _given(path, images, known, generator), **options)
+    n = len(images)
+    if tuple(path.schedule.batch) not in {(), (n,)}:
+        raise ValueError(f"known and schedule must be for all {n} images or for each; got {tuple(known.shape)}")
+    return sample(model, path, n, steps, method, generator, _given(path, images, known, generator), **options)
 
 
 @torch.no_grad()
