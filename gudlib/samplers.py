@@ -444,7 +444,7 @@ def extend(
         x, _ = deque(_walk(model, path, x, times.to(x.device), update, generator), maxlen=1).pop()
         yield process.data(x)[..., context : context + stride].float()
         fresh = torch.randn(x[..., :stride].shape, generator=generator, dtype=x.dtype, device=x.device)
-        x, path, start = torch.cat([x[..., stride:], fresh], dim=-1), process, (width - context) * lag
+        x, start = torch.cat([x[..., stride:], fresh], dim=-1), (width - context) * lag
 
 
 def push(
