@@ -427,7 +427,7 @@ def extend(
     if not torch.allclose(left, right) or torch.allclose(left, right[..., :1]):
         raise ValueError("process must have a schedule of columns, each a lag behind its left neighbour")
     moving = (1 - (width - 1) * lag) / lag  # how many columns move at once
-    most = min(math.floor(width - moving - stride + 1 + 1e-9), images.shape[-1])
+    most = min(math.floor(width - moving - stride + 1 + 1e-6), images.shape[-1])
     if stride < 1 or steps < 1:
         raise ValueError(f"stride and steps must be at least 1; got {stride} and {steps}")
     if not 1 <= context <= most:

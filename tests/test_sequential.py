@@ -392,3 +392,9 @@ def test_strips_that_cannot_be_made_are_refused():
     for b, context in ((0.3, 5), (1 / W, W - 1), (0.5, 1)):  # the most that is possible
         made = samplers.extend(model, process.along(schedules.sequential(column, b)), images, context)
         assert next(made).isfinite().all()
+    for width in (3, 58, 96, 257):  # however the kinks are rounded
+        basis = bases.Pixel((1, 1, width))
+        prior = priors.isotropic(priors.Moments(torch.zeros(1, 1, width), torch.ones(1, 1, width)))
+        path = Process(basis, prior, schedules.sequential(basis.label("column"), 1 / width))
+        made = samplers.extend(lambda x, gamma: x, path, randn(1, 1, 1, width), width - 1)
+        assert next(made).isfinite().all()
