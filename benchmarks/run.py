@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from itertools import cycle, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,7 @@ def circumstances() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"), "commit": git.stdout.strip() or None, "python": platform.python_version(),
         "versions": versions, "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "load_before": os.getloadavg()[0],
+        "threads": torch.get_num_threads(), "load_before": os.getloadavg()[0], "busy": os.getloadavg()[0] > 0.5,
     }  # fmt: skip
 
 
@@ -247,15 +247,19 @@ def draw(found: dict[str, Any], path: Path) -> None:
     rows = found["training"]["results"]
     bars = left.barh(list(rows), [row["images_per_second"] for row in rows.values()], color="0.6")
     left.bar_label(bars, fmt="%.0f", padding=3)
-    left.set(xlabel="images a CPU second", title="training")
+    left.set(xlabel="images a CPU second", title="training, about 700,000 parameters")
     left.invert_yaxis()
-    for (name, curve), style in zip(found["sampling"]["errors"].items(), cycle(plotting.LINES)):
-        middle.loglog(list(curve), list(curve.values()), marker="o", markersize=3, label=name, **style)
+    styles = [*plotting.LINES, {"color": "0.6", "linestyle": "-"}]
+    for (name, curve), style in zip(found["sampling"]["errors"].items(), styles, strict=True):
+        look = {"marker": "o", "markersize": 3} if name in METHODS else {"marker": "s", "markerfacecolor": "white"}
+        middle.loglog(list(curve), list(curve.values()), label=name, **style, **look)
     middle.set(xlabel="network calls", ylabel="relative error of the covariance", title="sampling a normal")
     middle.legend(fontsize="x-small")
     for (kind, row), style in zip(found["strips"]["results"].items(), plotting.LINES, strict=False):
         right.loglog(list(row), [each["seconds"] for each in row.values()], marker="o", label=kind, **style)
     right.set(xlabel="columns", ylabel="CPU seconds", title="a picture that grows")
+    right.set_xticks(list(row), [str(width) for width in row], minor=False)
+    right.minorticks_off()
     right.legend()
     plt.savefig(path)
 
