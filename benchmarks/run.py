@@ -74,14 +74,17 @@ def train(p: dict[str, Any], authors: Path | None) -> dict[str, Any]:
         "gudlib, patch 2": lambda: ours(images, p["batch"], 2),
         "diffusers": lambda: peers.diffusers_unet(images, p["batch"]),
         "smalldiffusion": lambda: peers.smalldiffusion_unet(images, p["batch"]),
-        "the authors\' JAX library": lambda: peers.authors_unet(images, p["batch"], authors),
+        "the authors' JAX library": lambda: peers.authors_unet(images, p["batch"], authors),
     }
     found, missing = {}, {}
     for name, build in builders.items():
         try:
             found[name] = build()
-        except ImportError as error:
-            missing[name] = f"not available: {error}"
+            found[name][1]()
+        except Exception as error:  # another library, perhaps of another version
+            if name in ("gudlib, patch 1", "gudlib, patch 2", "diffusers"):
+                raise
+            missing[name] = f"not available: {type(error).__name__}: {error}"
     spent = interleaved({name: turn for name, (_, turn) in found.items()}, p["rounds"])
     rows = {name: {"parameters": found[name][0], "images_per_second": p["batch"] / s} for name, s in spent.items()}
     for row in rows.values():
@@ -236,7 +239,7 @@ def circumstances() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"), "commit": git.stdout.strip() or None, "python": platform.python_version(),
         "versions": versions, "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "load_before": os.getloadavg()[0], "busy": os.getloadavg()[0] > 0.5,
+        "threads": torch.get_num_threads(), "load_before": os.getloadavg()[0],
     }  # fmt: skip
 
 
