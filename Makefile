@@ -1,10 +1,11 @@
 # book: run all notebooks into runs/book · test: all tests, notebooks included · lab: open the notebooks · lint: ruff, pyright
+# bench: measure beside other libraries
 # Each first makes .venv, or makes it anew when a pin, a dependency or the interpreter has changed.
 
 PYTHON ?= $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 BIN := .venv/bin
 
-.PHONY: book test lab lint venv
+.PHONY: book test lab lint bench venv
 
 book: venv
 	@$(BIN)/python -m gudlib run
@@ -19,6 +20,9 @@ lab: venv
 lint: venv
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
+
+bench: venv
+	@$(BIN)/python benchmarks/run.py --out runs/bench.json
 
 # What .venv is made from. The stamp that holds it is written last, so a half-made environment counts as stale.
 define FINGERPRINT

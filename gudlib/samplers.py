@@ -377,7 +377,10 @@ def inpaint(
         ValueError: if the mask does not fit the process, or as `sample`.
     """
     path = process.along(held(process.schedule, known))
-    return sample(model, path, len(images), steps, method, generator, _given(path, images, known, generator), **options)
+    n = len(images)
+    if tuple(path.schedule.batch) not in {(), (n,)}:
+        raise ValueError(f"known and schedule must be for all {n} images or for each; got {tuple(known.shape)}")
+    return sample(model, path, n, steps, method, generator, _given(path, images, known, generator), **options)
 
 
 @torch.no_grad()
@@ -402,7 +405,7 @@ def extend(
         process: of the window, with pixel basis, a prior that is the same for all columns, and a schedule that is
             `schedules.sequential` in the column.
         images: what to extend, in units of the data; only the last `context` columns matter.
-        context: number of finished columns that the model is shown.
+        context: number of finished columns that the model is shown at least, at all times.
         steps: updates for each new column. While a column moves, `steps` times as many happen as columns move at once.
         stride: how many columns the window moves at once; a method's memory lasts from one move to the next.
         method, generator: as for `sample`.
@@ -423,26 +426,25 @@ def extend(
     left, right = process.schedule.gamma(t)[..., :-1], process.schedule.gamma(t - lag)[..., 1:]
     if not torch.allclose(left, right) or torch.allclose(left, right[..., :1]):
         raise ValueError("process must have a schedule of columns, each a lag behind its left neighbour")
-    most = math.floor(width - (1 - (width - 1) * lag) / lag + 1e-9)  # beyond, the last column would move
-    if not 1 <= context <= most or images.shape[-1] < context:
-        bound = min(most, images.shape[-1])
-        raise ValueError(f"context must lie between 1 and {bound} for this schedule and these images; got {context}")
-    if not 1 <= stride <= context or steps < 1:
-        raise ValueError(f"stride must lie between 1 and {context}, steps be at least 1; got {stride} and {steps}")
+    moving = (1 - (width - 1) * lag) / lag  # how many columns move at once
+    most = min(math.floor(width - moving - stride + 1 + 1e-6), images.shape[-1])
+    if stride < 1 or steps < 1:
+        raise ValueError(f"stride and steps must be at least 1; got {stride} and {steps}")
+    if not 1 <= context <= most:
+        where = f"this schedule, {images.shape[-1]} columns and stride {stride}"
+        raise ValueError(f"context must lie between 1 and {most} for {where}; got {context}")
 
     whole = torch.zeros(*images.shape[:-1], width, dtype=images.dtype, device=images.device)
     whole[..., :context] = images[..., -context:]
     known = (torch.arange(width) < context).expand(process.schedule.shape)
-    path, end = process.along(held(process.schedule, known)), (width - context) * lag
-    x, start = _given(path, whole, known, generator), 1.0
+    path = process.along(held(process.schedule, known))
+    x, start, end = _given(path, whole, known, generator), 1 - context * lag, (width - context - stride) * lag
     while True:
-        count = max(round((start - end) / lag * steps), 1)
-        times = torch.linspace(start, end, count + 1, dtype=torch.float64, device=x.device)
-        x, _ = deque(_walk(model, path, x, times, update, generator), maxlen=1).pop()
-        if path is process:
-            yield process.data(x)[..., context - stride : context].float()
+        times = torch.linspace(start, end, max(round((start - end) / lag * steps), 1) + 1, dtype=torch.float64)
+        x, _ = deque(_walk(model, path, x, times.to(x.device), update, generator), maxlen=1).pop()
+        yield process.data(x)[..., context : context + stride].float()
         fresh = torch.randn(x[..., :stride].shape, generator=generator, dtype=x.dtype, device=x.device)
-        x, path, start = torch.cat([x[..., stride:], fresh], dim=-1), process, end + stride * lag
+        x, start = torch.cat([x[..., stride:], fresh], dim=-1), (width - context) * lag
 
 
 def push(

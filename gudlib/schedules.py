@@ -270,12 +270,10 @@ def held(schedule: Schedule, known: Bool[Tensor, "*batch c h w"]) -> Schedule:
     """
     if known.dtype != torch.bool or tuple(known.shape[-3:]) != schedule.shape:
         raise ValueError(f"known must be a mask (bool) of shape {schedule.shape}; got {known.dtype}, {known.shape}")
-    shape = (*known.shape[:-3], 1, 1, 1)
 
     def gamma(t: Tensor) -> Tensor:
-        moving = schedule.gamma(t[..., 0, 0, 0])
         clean = schedule.gamma(torch.zeros((), dtype=t.dtype, device=t.device))
-        return torch.where(known.to(t.device), clean.expand(*shape[:-3], *clean.shape[-3:]), moving)
+        return torch.where(known.to(t.device), clean, schedule.gamma(t[..., 0, 0, 0]))
 
     return Schedule(gamma, schedule.shape, schedule.kinks)
 

@@ -119,6 +119,9 @@ def test_build_groups_components_by_variance_or_by_a_label():
     assert torch.equal(by_variance, bases.groups_by(prior.order, 4))
     by_level = denoiser.build(basis, prior, groups=3, label="level", width=8).network.levels.groups
     assert torch.equal(by_level, bases.groups_by(basis.label("level"), 3))
+    label = 2 * basis.label("level") + (basis.label("column") > 4)  # no label of the basis: it may be given itself
+    by_both = denoiser.build(basis, prior, groups=64, label=label, width=8).network.levels.groups
+    assert torch.equal(by_both, bases.groups_by(label, 64)) and by_both.max() == 5
 
 
 # Files

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gudlib import designs, likelihood, metrics, networks
+from gudlib import designs, likelihood, metrics, networks, schedules
 from gudlib.data import dequantise
 from gudlib.process import Process
 
@@ -140,6 +140,24 @@ def test_a_batch_of_softnesses_has_the_schedules_of_each():
 # What is fitted
 
 
+@pytest.mark.parametrize("basis, r", [("plain", 0.0), ("pixel", 0.5), ("haar", 1.0), ("pca", 0.3)])
+def test_components_one_after_another_have_the_same_two_ends(basis, r):
+    """Each ends at the finest noise, in units of the data, and where every signal is gone."""
+    setting = build(basis, r, images="colour")
+    one, other = torch.arange(3 * 64).reshape(3, 8, 8) % 5.0, torch.arange(3 * 64).reshape(3, 8, 8) % 7.0
+    variance = fitted_to(IMAGES["colour"]).double().var() if basis == "plain" else setting.prior.moments.floored
+    for schedule in (setting.sequential(one, 0.3), setting.sequential([one, other], [0.6, torch.tensor([0.3, 1.0])])):
+        first, last = schedule.gamma(ZERO), schedule.gamma(ONE)
+        finest = setting.prior.scale * (first / 2).exp()
+        torch.testing.assert_close(finest, torch.full_like(finest, LEVEL / 3), rtol=1e-6, atol=0)
+        level = last - (variance / setting.prior.scale**2).log()
+        torch.testing.assert_close(level, torch.full_like(level, setting.noise), rtol=0, atol=1e-5)
+    half = torch.tensor(0.5, dtype=torch.float64)
+    gamma = setting.sequential(one, 0.3).gamma(half)
+    course = schedules.sequential(one, 0.3, 0.0, 1.0).gamma(half)
+    torch.testing.assert_close(gamma, first[0] + (last[0] - first[0]) * course, rtol=0, atol=1e-6)
+
+
 def test_few_images_are_dequantised_often_enough_to_have_every_variance():
     """Ten images span at most nine of the 64 directions; in the others there is the noise of dequantisation."""
     few = textures(10)
@@ -233,6 +251,18 @@ def test_other_networks_hear_the_levels_themselves_in_groups():
         inside = gammas[0].clamp(-12, 12).flatten(1)
         torch.testing.assert_close(means[0].mean(1), inside.mean(1), rtol=1e-4, atol=1e-4)
     assert heard == {"pooled": (1, "film"), "grouped": (16, "film"), "attention": (16, "attention")}
+
+
+def test_told_by_a_map_a_network_hears_every_level_in_its_place():
+    setting = build("plain", 0.0, conditioning="map")
+    model = setting.denoiser(8)
+    columns = setting.sequential(setting.basis.label("column"), 0.4).gamma(torch.tensor(0.5, dtype=torch.float64))
+    white = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert model.network.conditioning == "map"
+    ear = Ear(model.network)
+    model.network = ear
+    model(white, columns)
+    torch.testing.assert_close(ear.told[0].double(), columns.expand(1, 1, 8, 8), rtol=1e-6, atol=1e-6)
 
 
 # Scores

@@ -16,6 +16,7 @@ LEVEL = bases.Haar(SHAPE, 2).label("level")
 generator = torch.Generator().manual_seed(6)
 LOG_VARIANCE = torch.randn(SHAPE, generator=generator, dtype=torch.float64) * 2
 ORDER = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+KNOWN = torch.rand(SHAPE, generator=generator) < 0.4
 
 FACTORIES = {
     "linear": lambda: schedules.linear(SHAPE, -9.0, 4.0),
@@ -27,6 +28,8 @@ FACTORIES = {
     "columns one by one": lambda: schedules.sequential(COLUMN, 1 / 6),
     "patches": lambda: schedules.sequential(schedules.patches(SHAPE, 2), 0.3),
     "columns within levels": lambda: schedules.sequential([LEVEL, COLUMN], [0.5, 0.4]),
+    "columns with ends of their own": lambda: schedules.sequential(COLUMN, 0.4, ORDER - 8, ORDER.exp() - 1),
+    "columns, some held": lambda: schedules.held(schedules.sequential(COLUMN, 0.4), KNOWN),
     "user function": lambda: schedules.Schedule(lambda t: -6 + 10 * t**2 + 0.1 * ORDER.exp().to(t) * t, SHAPE),
     "rescaled": lambda: schedules.rescaled(schedules.linear(SHAPE), (0.5 * LOG_VARIANCE).exp()),
 }
@@ -345,6 +348,69 @@ def test_nested_orders_run_the_inner_one_within_the_share_of_the_outer():
     close(schedules.sequential([COLUMN], [0.4]).gamma(grid()), inner.gamma(grid()))
 
 
+NESTED = ([LEVEL, COLUMN], [0.5, torch.tensor([0.4, 1.0, 0.2])]), ([LEVEL, ROW], [torch.tensor([0.4, 1.0, 0.9]), 0.3])
+
+
+@pytest.mark.parametrize("order, b", [(COLUMN, torch.tensor([0.4, 1.0, 1 / 6], dtype=torch.float64)), *NESTED])
+def test_a_batch_of_shares_is_that_many_sequential_schedules(order, b):
+    low, high = ORDER - 8, ORDER.exp() - 1
+    many, t = schedules.sequential(order, b, low, high), torch.tensor([0.1, 0.55, 0.8], dtype=torch.float64)
+    shares = b if isinstance(b, list) else [b]
+    each = [[x[i].item() if isinstance(x, torch.Tensor) else x for x in shares] for i in range(3)]
+    each = [schedules.sequential(order, x if isinstance(b, list) else x[0], low, high) for x in each]
+    assert many.batch == (3,)
+    for quantity in ("gamma", "rate"):
+        one = [getattr(schedule, quantity) for schedule in each]
+        close(getattr(many, quantity)(t), torch.stack([f(x) for f, x in zip(one, t, strict=True)]), 1e-6)
+        close(getattr(many, quantity)(t[0]), torch.stack([f(t[0]) for f in one]), 1e-6)
+
+
+def test_a_single_share_may_be_a_tensor():
+    one, same = schedules.sequential(COLUMN, torch.tensor(0.4, dtype=torch.float64)), schedules.sequential(COLUMN, 0.4)
+    assert one.batch == () and torch.equal(one.kinks, same.kinks)
+    close(one.gamma(grid()), same.gamma(grid()))
+
+
+def test_each_component_may_have_ends_of_its_own():
+    """gamma_i = low_i + (high_i - low_i) times the course from 0 to 1 that all orderings share."""
+    low, high = ORDER - 8, ORDER.exp() - 1
+    course = schedules.sequential([LEVEL, COLUMN], [0.5, 0.4], 0.0, 1.0)
+    schedule = schedules.sequential([LEVEL, COLUMN], [0.5, 0.4], low, high)
+    close(schedule.gamma(grid()), low + (high - low) * course.gamma(grid()))
+    assert torch.equal(schedule.kinks, course.kinks)
+
+
+# Components that are known
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_known_components_stay_as_they_are_at_the_start_and_others_go_their_way(name):
+    schedule, t = FACTORIES[name](), grid(7)
+    held = schedules.held(schedule, KNOWN)
+    assert torch.equal(held.gamma(t)[:, ~KNOWN], schedule.gamma(t)[:, ~KNOWN])
+    assert torch.equal(held.gamma(t)[:, KNOWN], schedule.gamma(t[:1])[:, KNOWN].expand(7, -1))
+    assert torch.equal(held.rate(t)[:, ~KNOWN], schedule.rate(t)[:, ~KNOWN]) and not held.rate(t)[:, KNOWN].any()
+    assert torch.equal(held.kinks, schedule.kinks) and held.batch == ()
+
+
+SOFT = torch.tensor([0.5, 0.7, 0.9], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("b", [0.5, SOFT])
+@pytest.mark.parametrize("known", [KNOWN, torch.stack([KNOWN, ~KNOWN, COLUMN < 2])])
+def test_masks_and_schedules_may_each_be_one_for_all_images_or_one_for_each(known, b):
+    held, t = schedules.held(schedules.sequential(COLUMN, b), known), torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)
+    batched = known.ndim == 4 or isinstance(b, torch.Tensor)
+    assert held.batch == ((3,) if batched else ())
+    shares, masks = (b if isinstance(b, torch.Tensor) else [b] * 3), known.expand(3, *SHAPE)
+    each = [schedules.held(schedules.sequential(COLUMN, float(x)), m) for x, m in zip(shares, masks, strict=True)]
+    for quantity in ("gamma", "rate"):
+        one = [getattr(schedule, quantity) for schedule in each]
+        close(getattr(held, quantity)(t), torch.stack([f(x) for f, x in zip(one, t, strict=True)]))
+        if batched:
+            close(getattr(held, quantity)(t[0]), torch.stack([f(t[0]) for f in one]))
+
+
 def test_spacing_of_the_order_counts_not_its_scale_or_offset():
     close(schedules.sequential(3 * COLUMN - 7, 0.4).gamma(grid()), schedules.sequential(COLUMN, 0.4).gamma(grid()))
     uneven = schedules.sequential(COLUMN**2, 0.4).gamma(grid())
@@ -394,6 +460,11 @@ def test_impossible_parameters_are_refused_with_their_values():
         (lambda: schedules.sequential([LEVEL, COLUMN], 0.5), "got 1 for 2"),
         (lambda: schedules.sequential([], []), "got 0 for 0"),
         (lambda: schedules.sequential(COLUMN, 0.5, 5.0, -7.0), "got 5 and -7"),
+        (lambda: schedules.sequential(COLUMN, 0.5, COLUMN, 5.0), "low must be below high everywhere; got 5 and 5"),
+        (lambda: schedules.sequential(COLUMN, torch.tensor([0.5, 0.1])), r"1/6 .* and 1; got tensor.*0.1000"),
+        (lambda: schedules.sequential([LEVEL, COLUMN], [torch.tensor([0.5, 1.1]), 0.5]), r"1/3 .*; got tensor.*1.1000"),
+        (lambda: schedules.held(schedules.linear(SHAPE), KNOWN.double()), "bool.*(1, 4, 6).*; got torch.float64"),
+        (lambda: schedules.held(schedules.linear(SHAPE), KNOWN[..., 1:]), r"got torch.bool, .*1, 4, 5"),
         (lambda: schedules.patches(SHAPE, 3), "height 4 and width 6; got 3"),
         (lambda: schedules.patches(SHAPE, 0), "got 0"),
     ]
