@@ -38,7 +38,7 @@ from gudlib.process import Batch, Gamma, Model, Process, diffuse
 from gudlib.schedules import sigma
 
 GREY_LEVEL = 1 / 128  # what dequantisation spreads a grey level over, in units of the data, [-1, 1)
-BINS = 32  # of time, for importance sampling
+BINS = 32  # in which importance sampling learns
 EXACT_TRACE = 64  # components up to which the divergence is exact
 
 
@@ -186,10 +186,10 @@ def bound(
 ) -> Likelihood:
     """The variational bound of each image, from `draws` random (t, eps) each.
 
-    Within a draw the images' times are a shifted regular grid in t, or, with `importance`, in the distribution function
-    of a density proportional to the root mean square of the integrand, learnt from the draws before. What the best
-    denoiser of independent normals of the data's variances would pay is known in closed form; only the difference to it
-    is estimated, with the same noise for both. All of this is unbiased, for any model.
+    What the best denoiser of independent normals of the data's variances would pay is known in closed form; only the
+    difference to it is estimated, with the same noise for both. Within a draw the images' times are a shifted regular
+    grid in t, or, with `importance`, in the share of their price that those normals have paid by then, stretched where
+    the draws before found the integrand large. All of this is unbiased, for any model.
 
     Arguments:
         model: `(white_t, gamma) -> eps_hat`.
@@ -214,6 +214,7 @@ def bound(
     member = torch.nn.functional.one_hot(groups.flatten()).to(white)  # (components, groups)
     n = len(white)
     known = 0.5 * _normal_path(process, c, white, steps).flatten(1) @ member
+    spent = _paid(process, c) if importance else None
 
     def normals(chi: Batch, gamma: Gamma) -> Batch:
         return gaussian_eps(chi, gamma, c)
@@ -222,7 +223,11 @@ def bound(
         generator = torch.Generator(white.device).manual_seed(_mix(seed, j))
         order = torch.randperm(n, generator=generator, device=white.device)
         u = (torch.rand((), generator=generator, dtype=torch.float64, device=white.device) + order / n) % 1
-        t, density = _spread(u, before if importance else [])
+        place = t = u
+        stretch = slope = torch.ones_like(u)
+        if spent:
+            place, stretch = _learnt(u, before)
+            t, slope = _inverse(place, *spent)
         parts = []
         for i in range(0, n, chunk):
             x, when = white[i : i + chunk], t[i : i + chunk]
@@ -236,7 +241,8 @@ def bound(
                 last = last - decode(normals, x, end) + decode.expected(x)
             parts.append(((0.5 * speed * more).flatten(1) @ member, last))
         paid, last = (torch.cat(part) for part in zip(*parts, strict=True))
-        return {"path": known + paid / density[:, None], "decoder": last, "time": t, "size": paid.sum(1)}
+        paid = paid / slope[:, None]
+        return {"path": known + paid / stretch[:, None], "decoder": last, "place": place, "size": paid.sum(1)}
 
     settings = {"what": "bound", "seed": seed, "steps": steps, "decoder": decoder, "importance": importance}
     key = _key(model, process, white, settings | {"groups": groups.tolist()}) if store else ""
@@ -391,11 +397,34 @@ def _normal_path(process: Process, c: Tensor, white: Batch, steps: int | None) -
     return (weight * c**2 / (c + s) ** 2).sum(0) + (weight * s / (c + s) ** 2).sum(0) * white.square()
 
 
-def _spread(u: Float[Tensor, " n"], before: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Times of a density for uniform `u`, and that density: flat, or as the draws before suggest."""
+def _paid(process: Process, c: Tensor) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+    """Times, and the share of int [sum_i gamma_i'^2 c_i / (c_i + e^gamma_i)]^(1/2) dt reached by then.
+
+    Normals of variance c pay gamma_i' c_i / (c_i + e^gamma_i); what another model saves scatters by its root at most,
+    for each component that moves. A twentieth is spread evenly, so as to miss nothing.
+    """
+    t = torch.cat([torch.linspace(0, 1, 1025, dtype=torch.float64), process.schedule.kinks.cpu()]).unique().to(c.device)
+    cells = []
+    for some in t.unfold(0, 2, 1).split(64):
+        low, high = (process.schedule.gamma(end) for end in some.unbind(1))
+        paid = (high - low).square() * torch.sigmoid(c.double().log() - (low + high) / 2)
+        cells.append(paid.flatten(1).sum(1).sqrt())
+    share = torch.cat([t[:1], torch.cat(cells).cumsum(0)])
+    return t, torch.lerp(share / share[-1] if share[-1] > 0 else t, t, 0.05)
+
+
+def _inverse(share: Float[Tensor, " n"], t: Float[Tensor, " m"], paid: Float[Tensor, " m"]) -> tuple[Tensor, Tensor]:
+    """Where `paid`, linear between the times t, has reached `share`, and its slope there."""
+    k = (torch.searchsorted(paid, share, right=True) - 1).clamp(0, len(t) - 2)
+    slope = (paid.diff() / t.diff())[k]
+    return t[k] + (share - paid[k]) / slope, slope
+
+
+def _learnt(u: Float[Tensor, " n"], before: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Places of a density for uniform `u`, and that density: flat, or as the draws before suggest."""
     if not before:
         return u, torch.ones_like(u)
-    place = (torch.cat([draw["time"] for draw in before]).to(u) * BINS).long()
+    place = (torch.cat([draw["place"] for draw in before]).to(u) * BINS).long().clamp(max=BINS - 1)
     square = torch.cat([draw["size"] for draw in before]).to(u).square()
     count = torch.bincount(place, minlength=BINS)
     mean = torch.bincount(place, square, minlength=BINS) / count.clamp(min=1)
