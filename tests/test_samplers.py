@@ -342,7 +342,7 @@ def activity(process, nodes):
     t = torch.linspace(0, 1, 100001, dtype=torch.float64)
     gamma, c = process.schedule.gamma(t), process.prior.white_variance
     unknown = 1 / (1 + c * (-(gamma[1:] + gamma[:-1]) / 2).exp())
-    rate = ((gamma.diff(dim=0) ** 4 * unknown**2).flatten(1).mean(1)) ** 0.25
+    rate = (gamma.diff(dim=0) * unknown.sqrt()).flatten(1).mean(1)
     total = torch.cat([torch.zeros(1), rate.cumsum(0)]) / rate.sum()
     return total[(nodes * 100000).round().long()]
 
