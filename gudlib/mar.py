@@ -14,8 +14,9 @@ E (eps - eps_hat)^2 / D, and the bounds of the factors add up to one of -log p(x
     masked   MAR: an encoder sees the known tokens, in no order, and a decoder asks for any of the others: several may
              be drawn in one step, as if independent given the known ones
 
-Beside the published model, ours takes the mean off its tokens and answers through `Denoiser`'s Gaussian skip path; it
-has no learnt variance (the bound needs none), and its optimiser is that of `training`. The loss is along whatever
+Beside the published model, ours takes the mean off its tokens and answers through `Denoiser`'s Gaussian skip path; its
+head is told the mean of its gamma, not a time step; it has no learnt variance (the bound needs none), and its optimiser
+is that of `training`. The loss is along whatever
 schedule one gives; `noise` is the cosine as published, cut where its ends would multiply errors (see there).
 
 References:
