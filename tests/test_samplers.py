@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gudlib import bases, priors, samplers, schedules
+from gudlib import bases, data, priors, samplers, schedules
 from gudlib.exact import Empirical, gaussian, gaussian_error
 from gudlib.process import Process, from_eps
 
@@ -110,6 +110,34 @@ def test_a_coupled_gaussian_is_recovered_at_the_methods_order(method, path):
         assert math.log2(mean / fine_mean) == pytest.approx(1, abs=0.1) and fine_mean < 0.1
     else:  # a Gaussian's mean needs no integration: there x0 is the mean and eps is 0
         assert mean < 1e-12
+
+
+@pytest.fixture(scope="module")
+def clothes():
+    """Covariance of Fashion-MNIST at 8 x 8 pixels."""
+    images = data.dequantise(data.load("fashion_mnist", "train").images[:4000], torch.Generator().manual_seed(0))
+    return torch.nn.functional.adaptive_avg_pool2d(images.double(), 8).flatten(1).T.cov()
+
+
+@pytest.mark.parametrize("a", [None, 0.4, 1.0, 1.6])
+@pytest.mark.parametrize("basis", [bases.Pixel((1, 8, 8)), bases.DCT((1, 8, 8)), bases.Haar((1, 8, 8), 2)])
+def test_fifteen_calls_do_what_a_thousand_steps_of_euler_maruyama_do(clothes, basis, a):
+    """On normal data with the covariance of pictures, in bases that do not diagonalise it; a = None: a common clock."""
+    u = basis(torch.eye(64, dtype=torch.float64).view(-1, *basis.shape)).flatten(1).T
+    covariance = u @ clothes @ u.T
+    variance = covariance.diagonal().view(basis.shape).clone()
+    prior = (priors.isotropic if a is None else priors.whitened)(priors.Moments(0 * variance, variance))
+    common = schedules.linear(basis.shape)
+    schedule = common if a is None else schedules.soft_conditioning(prior.order, a, prior.log_variance)
+    s = prior.scale.flatten()
+    process, model = Process(basis, prior, schedule), gaussian(0 * s, covariance / s / s[:, None])
+    start, end = (marginal(model, schedule.gamma(torch.tensor(t).double()))[1] for t in (1.0, 0.0))
+
+    def error(method, steps, grid):
+        got, _ = samplers.push(model, process, steps, method, start, grid)
+        return ((got - end) * s * s[:, None]).norm() / (end * s * s[:, None]).norm()
+
+    assert error("gaussian-pc", 15, "adapted") < error("euler-maruyama", 1000, "uniform")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
