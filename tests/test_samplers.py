@@ -370,7 +370,7 @@ def activity(process, nodes):
     t = torch.linspace(0, 1, 100001, dtype=torch.float64)
     gamma, c = process.schedule.gamma(t), process.prior.white_variance
     unknown = 1 / (1 + c * (-(gamma[1:] + gamma[:-1]) / 2).exp())
-    rate = (gamma.diff(dim=0) * unknown.sqrt()).flatten(1).mean(1)
+    rate = ((gamma.diff(dim=0) ** 4 * unknown**2).flatten(1).mean(1)) ** 0.25
     total = torch.cat([torch.zeros(1), rate.cumsum(0)]) / rate.sum()
     return total[(nodes * 100000).round().long()]
 
@@ -395,6 +395,15 @@ def test_steps_end_at_kinks_and_each_piece_gets_its_share():
             mine = shares[piece == k]
             assert mine.max() < mine.min() * 1.02
             assert len(mine) == 1 or mine.sum() / (len(mine) - 1) > largest * 0.99
+
+
+def test_few_components_that_move_alone_get_steps_too():
+    """Haar's levels in turn: the coarsest has one component in 64 and is not starved for it."""
+    basis = bases.Haar((1, 16, 16), 3)
+    ones = torch.ones(basis.shape, dtype=torch.float64)
+    path = schedules.sequential(basis.label("level"), 0.25)
+    got = samplers.times(Process(basis, priors.isotropic(priors.Moments(0 * ones, ones)), path), 40)
+    assert torch.histc(got[1:], 4, 0, 1).min() > 4
 
 
 def test_too_many_kinks_attract_steps_that_end_near_them():
