@@ -188,8 +188,8 @@ def bound(
 
     What the best denoiser of independent normals of the data's variances would pay is known in closed form; only the
     difference to it is estimated, with the same noise for both. Within a draw the images' times are a shifted regular
-    grid in t, or, with `importance`, in the share of their price that those normals have paid by then, stretched where
-    the draws before found the integrand large. All of this is unbiased, for any model.
+    grid in t, or, with `importance`, in a clock that runs where those normals pay, stretched where the draws before
+    found the integrand large. All of this is unbiased, for any model.
 
     Arguments:
         model: `(white_t, gamma) -> eps_hat`.

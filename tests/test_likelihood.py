@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import BASES, COVARIANCE, MEAN, PRIORS, SCHEDULES, SHAPE, D, matrix, moments, randn
@@ -270,6 +271,14 @@ def test_importance_sampling_needs_no_draw_to_learn_from_where_normals_tell_the_
     )
     assert better.std() < 0.7 * plain.std()
     assert abs(better.mean() - plain.mean()) < 4 * plain.std() / math.sqrt(30)
+
+
+def test_times_of_importance_sampling_invert_the_clock_they_are_drawn_from():
+    t, paid = torch.tensor([0.0, 0.5, 0.6, 1.0]).double(), torch.tensor([0.0, 0.1, 0.9, 1.0]).double()
+    share = torch.linspace(0, 1, 101, dtype=torch.float64)
+    when, slope = likelihood._inverse(share, t, paid)
+    torch.testing.assert_close(torch.from_numpy(np.interp(when, t, paid)), share)
+    assert slope[50] == pytest.approx(8)
 
 
 def test_standard_errors_are_what_they_say():
