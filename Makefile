@@ -1,4 +1,4 @@
-# book: run all notebooks into runs/book · test: all tests, notebooks included · lab: open the notebooks · lint: ruff, pyright
+# book: run all notebooks into runs/book · test: all tests, notebooks included · lab: open the notebooks · lint: ruff (rules and format), pyright
 # bench: measure beside other libraries
 # Each first makes .venv, or makes it anew when a pin, a dependency or the interpreter has changed.
 
@@ -19,6 +19,7 @@ lab: venv
 
 lint: venv
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
 bench: venv

@@ -3,7 +3,7 @@ r"""gudlib beside its peers: training, sampling, and pictures that grow, on one 
     python benchmarks/run.py --out runs/bench.json [--quick] [--authors PATH]
 
 Contenders take turns in one process (A B A B ...), and each is given the median of its turns in CPU seconds, which
-another load on the machine disturbs less than the time on the clock. Ratios are what lasts from machine to machine. The
+another load on the machine disturbs less than elapsed time. Ratios are what lasts from machine to machine. The
 file also holds parameters, versions, commit and load; a figure is drawn beside it. What is not installed is listed with
 the reason.
 """
@@ -30,7 +30,7 @@ import peers
 import torch
 from torch import Tensor, nn
 
-from gudlib import bases, data, denoiser, designs, plotting, priors, samplers, schedules, training
+from gudlib import bases, data, denoiser, designs, families, plotting, priors, samplers, schedules, training
 from gudlib.process import Model, Process
 
 QUICK, FULL = (
@@ -59,10 +59,10 @@ def interleaved(turns: dict[str, peers.Turn], rounds: int) -> dict[str, float]:
 
 def ours(images: Tensor, batch: int, patch: int) -> tuple[int, peers.Turn]:
     """`training.Trainer`: dequantisation, clipping and the average of the weights are part of a step."""
-    setting = designs.Setting(PLAIN, images)
-    model = setting.denoiser(32, patch=patch)
-    settings = training.Settings(steps=10**6, batch=batch, softness=(0.0, 0.0))
-    run = training.Trainer(model, images, setting.schedule, settings).run()
+    fitted = designs.FittedDesign(PLAIN, images)
+    model = fitted.denoiser(32, patch=patch)
+    draw, config = families.uniform_a(fitted.schedule, PLAIN.a), training.TrainingConfig(steps=10**6, batch=batch)
+    run = training.Trainer(model, images, draw, config).run()
     return peers.parameters(model.network), lambda: next(run)
 
 
@@ -92,15 +92,15 @@ def train(p: dict[str, Any], authors: Path | None) -> dict[str, Any]:
     return {"batch": p["batch"], "rounds": p["rounds"], "results": rows, "missing": missing}
 
 
-# Network calls and seconds to a given error of the covariance, on the normal distribution of Fashion-MNIST
+# Network evaluations (NFE) and seconds to a given error of the covariance, on the normal distribution of Fashion-MNIST
 
 
 def normal(side: int) -> tuple[Process, Model, Tensor]:
-    """A process with one clock for all pixels, the exact model of normal images, and their covariance."""
+    """A process with one noise schedule for all pixels, the exact model of normal images, and their covariance."""
     images = data.load("fashion_mnist", "train").images
     images = nn.functional.adaptive_avg_pool2d(images.float(), side).round().byte()
-    setting = designs.Setting(designs.Design("pixel", 0.0, (1.0, 1.0)), images)
-    process = setting.process(1.0)
+    fitted = designs.FittedDesign(designs.Design("pixel", 0.0, (1.0, 1.0)), images)
+    process = fitted.process(1.0)
     white = process.white(data.dequantise(images, torch.Generator().manual_seed(0)).double()).flatten(1)
     values, vectors = torch.linalg.eigh(white.T.cov())
 
@@ -133,21 +133,21 @@ def peer(name: str, process: Process, model: Model, n: int) -> Tensor:
 
 
 def sample(p: dict[str, Any]) -> dict[str, Any]:
-    """Calls to the error aimed at, the error at every count of calls, and seconds, which the exact model dominates."""
+    """NFE to the error aimed at, the error at every NFE, and seconds, which the exact model dominates."""
     process, model, covariance = normal(p["side"])
     ends = process.schedule.gamma(torch.tensor([1.0, 0.0], dtype=torch.float64)).sigmoid()[:, 0, 0, 0]
     start, target = ((1 - noise) * covariance + noise * torch.eye(len(covariance)) for noise in ends)
 
-    def reached(name: str, calls: int) -> Tensor:
+    def reached(name: str, nfe: int) -> Tensor:
         if name.startswith("diffusers"):
-            whole = peer(name, process, model, calls)
+            whole = peer(name, process, model, nfe)
         elif name != "euler-maruyama":
-            steps = calls // (2 if name == "heun" else 1)
+            steps = nfe // (2 if name == "heun" else 1)
             whole = samplers.sample(model, process, len(units), steps, name, start=units).white.flatten(1).T
         else:  # step by step: `push` would hold the matrices of all steps at once
             covariance = start
-            for t, then in pairwise(torch.linspace(1, 0, calls + 1, dtype=torch.float64)):
-                step = samplers.euler_maruyama(model, process, units, t, then)
+            for t, s in pairwise(torch.linspace(1, 0, nfe + 1, dtype=torch.float64)):
+                step = samplers.euler_maruyama(model, process, units, t, s)
                 whole = step.mean.flatten(1).T
                 covariance = whole @ covariance @ whole.T + step.std.flatten()[0] ** 2 * torch.eye(len(units))
             return covariance
@@ -157,10 +157,10 @@ def sample(p: dict[str, Any]) -> dict[str, Any]:
     curves, rows = {}, {}
     for name in [*METHODS, "diffusers DPM++2M", "diffusers DDIM"]:
         curves[name] = {}
-        for calls in p["counts"]:
-            curves[name][calls] = float((reached(name, calls) - target).norm() / target.norm())
-            if curves[name][calls] < p["target"]:
-                rows[name] = {"nfe": calls}
+        for nfe in p["counts"]:
+            curves[name][nfe] = float((reached(name, nfe) - target).norm() / target.norm())
+            if curves[name][nfe] < p["target"]:
+                rows[name] = {"nfe": nfe}
                 break
     turns = {name: (lambda name=name, row=row: reached(name, row["nfe"])) for name, row in rows.items()}
     for name, seconds in interleaved(turns, max(p["rounds"] // 3, 1)).items():
@@ -198,8 +198,8 @@ def strip(kind: str, width: int, updates: int) -> dict[str, float]:
         made, lag = STEPS * (width - 1 + MOVING), (1 - b) / (width - 1)
         times = 0.5 - torch.arange(updates + 1, dtype=torch.float64) * lag / STEPS
         with torch.no_grad():
-            for t, then in pairwise(times):
-                picture = samplers.METHODS["gaussian"](model, process, picture.double(), t, then).mean
+            for t, s in pairwise(times):
+                picture = samplers.METHODS["gaussian"](model, process, picture.double(), t, s).mean
     seconds = (time.process_time() - start) * made / updates
     peak = memory("VmHWM")
     return {"seconds": seconds, "peak_mb": peak, "added_mb": peak - before}
@@ -244,7 +244,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Three panels: images a second, error against calls, seconds against width."""
+    """Three panels: images a second, error against NFE, seconds against width."""
     plotting.use_style()
     _, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     rows = found["training"]["results"]
@@ -256,7 +256,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for (name, curve), style in zip(found["sampling"]["errors"].items(), styles, strict=True):
         look = {"marker": "o", "markersize": 3} if name in METHODS else {"marker": "s", "markerfacecolor": "white"}
         middle.loglog(list(curve), list(curve.values()), label=name, **style, **look)
-    middle.set(xlabel="network calls", ylabel="relative error of the covariance", title="sampling a normal")
+    middle.set(xlabel="network evaluations (NFE)", ylabel="relative error of the covariance", title="sampling a normal")
     middle.legend(fontsize="x-small")
     for (kind, row), style in zip(found["strips"]["results"].items(), plotting.LINES, strict=False):
         right.loglog(list(row), [each["seconds"] for each in row.values()], marker="o", label=kind, **style)

@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     import yaml
 
-    from gudlib import notebooks, runs
+    from gudlib.book import notebooks, runs
 
     try:
         parameters = (yaml.safe_load(options.f.read_text()) or {}) if options.f else {}
@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     import yaml
 
-    from gudlib import runs
+    from gudlib.book import runs
 
     try:
         grid = yaml.safe_load(options.file.read_text())
@@ -118,7 +118,7 @@ def _sweep(options: argparse.Namespace) -> int:
 def _refresh(options: argparse.Namespace) -> int:
     from nbclient.exceptions import CellControlSignal, DeadKernelError
 
-    from gudlib import notebooks
+    from gudlib.book import notebooks
 
     try:
         for path in notebooks.find(options.names):
@@ -131,7 +131,8 @@ def _refresh(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
-    from gudlib import data, doctor
+    from gudlib import data
+    from gudlib.book import doctor
 
     for name, source in data.KNOWN.items():
         counts = f"{source.train:,} + {source.test:,} images of {'x'.join(map(str, source.shape))}"
@@ -140,7 +141,7 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from gudlib import doctor
+    from gudlib.book import doctor
 
     return 0 if doctor.report() else 1
 

@@ -1,7 +1,7 @@
 r"""Orthonormal bases: the first of the three choices, `chi = U phi` (Gerdes, Welling and Cheng 2024).
 
 A basis is a real orthonormal map between images `phi` and components `chi`, both of shape (batch, channel, height,
-width). It has no parameters to learn and no scale: length, volume and white noise look the same on both sides,
+width). It has no parameters to learn and no scale: length, volume and white noise are the same on both sides,
 
     |chi| = |phi|,   |det U| = 1,   eps ~ N(0, I)  <=>  U eps ~ N(0, I).
 
@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 Images = Float[Tensor, "b c h w"]
@@ -127,7 +127,7 @@ class PCA(Basis):
     place `k` of the flattened (c, h, w) array, or of its channel's (h, w) array.
 
     Raises:
-        ValueError: if the sizes of matrix, eigenvalues and shape do not fit together.
+        ValueError: if the sizes of matrix, eigenvalues and shape do not fit together, or the rows are not orthonormal.
     """
 
     name = "pca"
@@ -141,6 +141,15 @@ class PCA(Basis):
             raise ValueError(
                 f"matrix must have shape (1, {c * h * w}, {c * h * w}) or ({c}, {h * w}, {h * w}) "
                 f"for images of shape {self.shape}; got {tuple(matrix.shape)}"
+            )
+        n = matrix.shape[1]
+        probe = torch.randn(2, n, 1, generator=torch.Generator().manual_seed(0)).to(matrix)
+        off = float(
+            (matrix[:, None] @ (matrix[:, None].mT @ probe) - probe).abs().max()
+        )  # M M^T x = x costs n^2, not n^3
+        if not off < 1e-3:
+            raise ValueError(
+                f"matrix must have {n} orthonormal rows; matrix @ matrix.T is off the identity by {off:.2g}"
             )
         if eigenvalues is None:
             eigenvalues = matrix.new_ones(matrix.shape[:2])
@@ -221,7 +230,7 @@ class Fourier(Basis):
         c, h, w = self.shape
         ky = 2 * torch.pi * torch.fft.fftfreq(h, dtype=torch.float64)[None, :, None].expand(c, h, w)
         kx = 2 * torch.pi * torch.fft.fftfreq(w, dtype=torch.float64)[None, None, :].expand(c, h, w)
-        return {"channel": self._grid()[0], "wavenumber": torch.hypot(ky, kx), "ky": ky, "kx": kx}
+        return {"channel": self._grid()[0], "wavenumber": _exact_ties(torch.hypot(ky, kx)), "ky": ky, "kx": kx}
 
 
 class DCT(Basis):
@@ -249,7 +258,12 @@ class DCT(Basis):
     def _label(self) -> dict[str, Tensor]:
         channel, row, column = self._grid()
         ky, kx = torch.pi * row / self.shape[1], torch.pi * column / self.shape[2]
-        return {"channel": channel, "wavenumber": torch.hypot(ky, kx), "ky": ky, "kx": kx}
+        return {"channel": channel, "wavenumber": _exact_ties(torch.hypot(ky, kx)), "ky": ky, "kx": kx}
+
+
+def _exact_ties(label: Tensor) -> Tensor:
+    """Without the float noise by which equal labels of different components differ."""
+    return label.round(decimals=12)
 
 
 def _cosines(n: int) -> Tensor:
@@ -346,8 +360,8 @@ class Haar(Basis):
             "channel": channel,
             "level": level,
             "orientation": orientation,
-            "row": (power * row).sum(dim=(1, 2, 3)).reshape(self.shape),
-            "column": (power * column).sum(dim=(1, 2, 3)).reshape(self.shape),
+            "row": _exact_ties((power * row).sum(dim=(1, 2, 3)).reshape(self.shape)),
+            "column": _exact_ties((power * column).sum(dim=(1, 2, 3)).reshape(self.shape)),
         }
 
 
@@ -374,11 +388,11 @@ def make(name: str, shape: Shape, images: Images | None = None, **options: Any) 
     Arguments:
         name: one of the names above.
         shape: the image shape (channel, height, width).
-        images: what `pca` is fitted to (b, c, h, w); the others do not look at it.
+        images: what `pca` is fitted to (b, c, h, w); the others make no use of it.
         options: passed on (`levels` for `haar`, `per_channel` for `pca`).
 
     Raises:
-        ValueError: for an unknown name, or for `pca` without images.
+        ValueError: for an unknown name, or for `pca` without images or with images of another shape.
 
     >>> make("haar", (1, 28, 28), levels=2).label("level").unique().tolist()
     [0.0, 1.0, 2.0]
@@ -390,10 +404,12 @@ def make(name: str, shape: Shape, images: Images | None = None, **options: Any) 
         raise ValueError(f"name must be one of {sorted([*fixed, 'pca'])}; got {name!r}")
     if images is None:
         raise ValueError("the basis 'pca' is fitted to data: give images")
+    if tuple(images.shape[1:]) != tuple(shape):
+        raise ValueError(f"images must have the basis's shape, {tuple(shape)}; got {tuple(images.shape[1:])}")
     return PCA.fit(images, **options)
 
 
-def groups_by(label: Float[Tensor, "c h w"], count: int) -> Tensor:
+def groups_by(label: Float[Tensor, "c h w"], count: int) -> Int64[Tensor, "c h w"]:
     """Group indices 0 .. count-1 of shape (c, h, w) along a label, of as equal sizes as ties allow.
 
     Components with equal labels stay together, so there may be fewer groups than asked for; indices are consecutive.

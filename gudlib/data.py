@@ -26,10 +26,10 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from gudlib.files import DATA
+
 if TYPE_CHECKING:  # importing it takes a second: only `load` does
     from datasets import Dataset
-
-EMBEDDED = Path(__file__).resolve().parents[1] / "data"
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ def load(name: str, split: str) -> ImageSet:
     """Load "train" or "test" of a set of `KNOWN`, or of a folder of `$GUDLIB_DATA`, in the table's order.
 
     Raises:
-        ValueError: unknown name or split; a file that is damaged or holds something else than expected.
-        FileNotFoundError: the split is nowhere; says where it was looked for, and the ways to get it.
+        ValueError: unknown name or split; a file that is corrupt or holds something else than expected.
+        FileNotFoundError: the split is nowhere; says where it was searched for, and the ways to get it.
 
     >>> load("histology", "test").images.shape
     torch.Size([231, 3, 32, 32])
     """
     place, source = locate(name, split), KNOWN.get(name)
     if isinstance(place, Path):
-        dataset, origin = _read(place), "embedded" if EMBEDDED in place.parents else "GUDLIB_DATA"
+        dataset, origin = _read(place), "embedded" if DATA in place.parents else "GUDLIB_DATA"
     else:
         dataset, origin = _download(name, split, place), "hub"
     _expect(len(dataset) > 0, f"{place}", "no rows", "images")
@@ -141,14 +141,14 @@ def to_uint8(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
 
 
 def _files(name: str, split: str) -> list[Path]:
-    roots = [os.environ.get("GUDLIB_DATA"), EMBEDDED]
+    roots = [os.environ.get("GUDLIB_DATA"), DATA]
     return [Path(root) / name / f"{split}.parquet" for root in roots if root]
 
 
 def _missing(name: str, split: str, hub: str = "") -> str:
     tried = [f"{path}: no such file" for path in _files(name, split)] + [hub] * bool(hub)
     online, embedded = ([n for n, s in KNOWN.items() if bool(s.hub) is there] for there in (True, False))
-    return "\n  ".join([f"{name}/{split} not found. Looked for:", *tried]) + (
+    return "\n  ".join([f"{name}/{split} not found. Searched for:", *tried]) + (
         f"\nThree ways to get data: go online (for {', '.join(online)}); set GUDLIB_DATA to a folder with "
         f"{name}/{split}.parquet, columns image (or img) and label; use an embedded set: {', '.join(embedded)}."
     )
@@ -168,7 +168,7 @@ def _read(path: Path) -> "Dataset":
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             return Dataset(file.read())
     except (ValueError, OSError) as error:  # pyarrow's are either
-        found = f"{path.stat().st_size} bytes, truncated or damaged ({error})"
+        found = f"{path.stat().st_size} bytes, truncated or corrupt ({error})"
         raise ValueError(f"{path}: found {found}, expected a parquet file") from error
 
 
@@ -198,7 +198,7 @@ def _labels(dataset: "Dataset", where: str, source: Source | None) -> tuple[Int6
     labels = dataset.data.column("label").to_numpy()
     last = source.classes - 1 if source and source.classes else np.inf
     right = labels.dtype.kind in "iub" and 0 <= labels.min() and labels.max() <= last
-    _expect(right, where, f"labels {labels} ({labels.dtype})", f"integers 0 to {last}")
+    _expect(bool(right), where, f"labels {labels} ({labels.dtype})", f"integers 0 to {last}")
     return torch.from_numpy(labels.astype(np.int64)), tuple(getattr(dataset.features["label"], "names", ()))
 
 
@@ -234,5 +234,5 @@ def _pixels(encoded: bytes, where: str) -> np.ndarray:
         with Image.open(io.BytesIO(encoded)) as image:
             shape = image.height, image.width, {"L": 1, "RGB": 3}[image.mode]
             return np.frombuffer(image.tobytes(), np.uint8).reshape(shape).transpose(2, 0, 1)
-    except Exception as error:  # Pillow raises a dozen types on damaged bytes
+    except Exception as error:  # Pillow raises a dozen types on corrupt bytes
         raise ValueError(f"{where}: found {error!r}, expected an 8-bit grey or RGB image") from error

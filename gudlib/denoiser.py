@@ -15,18 +15,16 @@ References:
 """
 
 import copy
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gudlib import bases, networks
 from gudlib.exact import gaussian_eps
+from gudlib.files import read_tensors, write_tensors
 from gudlib.priors import Moments, Prior
 from gudlib.process import Batch, Gamma
 
@@ -66,7 +64,11 @@ class Denoiser(nn.Module):
 
 
 def build(
-    basis: bases.Basis, prior: Prior, groups: int = 16, label: str | Tensor | None = None, **network: Any
+    basis: bases.Basis,
+    prior: Prior,
+    groups: int = 16,
+    label: str | Float[Tensor, "c h w"] | None = None,
+    **network: Any,
 ) -> Denoiser:
     """A denoiser with a fresh U-Net for a basis and a prior, which it copies as float32.
 
@@ -99,16 +101,19 @@ def load(path: str | Path) -> Denoiser:
     """The denoiser of a file written by `save`, in float32 on the CPU, ready to sample.
 
     Raises:
-        ValueError: if the file is not a complete checkpoint; the message names it.
+        ValueError: if the file is not a complete checkpoint of a U-Net; the message names it.
     """
     tensors, header = read_saved(path)
-    network = networks.make(header["network"], tensors.get("network.levels.groups"))
-    denoiser = Denoiser(network, *components(tensors, header))
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in header["network"].items()}
+    if options.pop("kind") != "unet":
+        raise ValueError(f"{path} holds a network of kind {header['network']['kind']!r}; use gudlib.mar.load")
+    network = networks.UNet(groups=tensors["network.levels.groups"], **options)
+    denoiser = Denoiser(network, *basis_and_prior(tensors, header))
     denoiser.load_state_dict(tensors)
     return denoiser.eval()
 
 
-def components(tensors: dict[str, Tensor], header: dict[str, Any]) -> tuple[bases.Basis, Prior]:
+def basis_and_prior(tensors: dict[str, Tensor], header: dict[str, Any]) -> tuple[bases.Basis, Prior]:
     """Basis and prior of what `read_saved` read."""
     shape = tuple(header["shape"])
     if header["basis"]["name"] == "pca":
@@ -149,36 +154,3 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
         "floor": denoiser.prior.floor,
         "network": denoiser.network.config,
     }
-
-
-def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write named tensors and a JSON header as one safetensors file, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(draft, "wb") as file:
-            file.write(safetensors.torch.save(whole, {"header": json.dumps(header)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Named tensors and header of a file written by `write_tensors`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated or not one of ours.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["header"])
-            return {k: file.get_tensor(k) for k in file.keys()}, header  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a complete gudlib checkpoint: {error}") from error

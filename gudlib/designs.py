@@ -8,8 +8,8 @@ N_i(t) = S_i^2 e^gamma_i(t), and every design here has the same two ends, whatev
 
 Between them -log SNR_i rises with one slope from offsets a l_i (soft-conditioning, section 5.1), so a design is its
 basis, its prior's exponent r, S_i = Sigma_i^(r/2), and a. Since the schedule fixes the signal-to-noise ratio, r changes
-the end that the noise flows to and the numbers that the network is told, not the path; with one clock gamma(t) common
-to all components, the other reading of "change the prior", the ratio follows the prior, which is a = 1 - r.
+the end that the noise flows to and the numbers that the network is told, not the path; with one gamma(t) common to all
+components, the other reading of "change the prior", the ratio follows the prior, which is a = 1 - r.
 """
 
 import math
@@ -26,11 +26,11 @@ from gudlib import bases, likelihood, metrics, priors, samplers
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser, build
 from gudlib.process import Model, Process
-from gudlib.schedules import Schedule, Share, sequential, soft_conditioning
+from gudlib.schedules import Order, PerImage, Schedule, sequential, soft_conditioning
 
 FINEST = 1 / 3 * likelihood.GREY_LEVEL  # standard deviation of the noise at t = 0, units of the data
 GONE = 5.0  # -log SNR at t = 1
-CONDITIONINGS = {
+NOISE_LEVEL_INPUTS = {
     "time": ("film", 1), "pooled": ("film", 1), "grouped": ("film", 16), "attention": ("attention", 16),
     "map": ("map", 1),
 }  # fmt: skip
@@ -44,27 +44,27 @@ class Design:
         basis: `pixel`, `pca`, `fourier`, `dct` or `haar`; `plain` is the usual diffusion model: pixels of one mean, one
             variance and one noise level.
         r: exponent of the prior, 0 isotropic to 1 whitened.
-        softness: lowest and highest inverse softness `a` in training.
+        a: lowest and highest inverse softness in training.
         conditioning: what the network is told: `time` (t alone), `pooled` (the mean of gamma), `grouped` (the means of
             16 groups), `attention` (the same as tokens to attend to) or `map` (gamma itself as an image).
     """
 
     basis: str = "pca"
     r: float = 1.0
-    softness: tuple[float, float] = (1.0, 1.0)
+    a: tuple[float, float] = (1.0, 1.0)
     conditioning: str = "grouped"
 
     def __post_init__(self) -> None:
         known = ("plain", "pixel", "pca", "fourier", "dct", "haar")
         if self.basis not in known:
             raise ValueError(f"basis must be one of {known}; got {self.basis!r}")
-        if self.conditioning not in CONDITIONINGS:
-            raise ValueError(f"conditioning must be one of {tuple(CONDITIONINGS)}; got {self.conditioning!r}")
-        if not 0 <= self.softness[0] <= self.softness[1]:
-            raise ValueError(f"softness must be (lowest, highest), not negative; got {self.softness}")
+        if self.conditioning not in NOISE_LEVEL_INPUTS:
+            raise ValueError(f"conditioning must be one of {tuple(NOISE_LEVEL_INPUTS)}; got {self.conditioning!r}")
+        if not 0 <= self.a[0] <= self.a[1]:
+            raise ValueError(f"a must be (lowest, highest), not negative; got {self.a}")
 
 
-class Setting:
+class FittedDesign:
     """A design on a set of images: basis and prior fitted to them, and the schedule of every `a`.
 
     Arguments:
@@ -74,7 +74,7 @@ class Setting:
 
     Attributes:
         basis, prior: fitted.
-        noise: -log SNR_i at which the first component ends, the same for all `a` of the design.
+        gamma_max_target: -log SNR_i at which the first component ends, the same for all `a` of the design.
     """
 
     def __init__(self, design: Design, images: UInt8[Tensor, "n c h w"], seed: int = 0) -> None:
@@ -91,25 +91,27 @@ class Setting:
         # No component of dequantised data varies less than the uniform noise within a grey level
         floor = likelihood.GREY_LEVEL**2 / 12 / float(variance.max())
         self.prior = priors.interpolated(priors.Moments(mean, variance, floor), design.r)
-        self.noise = GONE + max(self._spread(data, a) for a in set(design.softness))
+        self.gamma_max_target = GONE + max(self._spread(data, a) for a in set(design.a))
 
-    def schedule(self, a: float | Float[Tensor, " batch"]) -> Schedule:
+    def schedule(self, a: PerImage) -> Schedule:
         """Soft-conditioning with the common ends; a tensor holds one `a` for each image of a batch."""
-        return soft_conditioning(self.prior.order, a, self.prior.log_variance, self.denoise(a), self.noise)
+        return soft_conditioning(
+            self.prior.order, a, self.prior.log_variance, self.gamma_min_target(a), self.gamma_max_target
+        )
 
-    def sequential(self, order: Tensor | Sequence[Tensor], b: Share | Sequence[Share]) -> Schedule:
-        """Components one after another (`schedules.sequential`), each from the finest noise to an SNR of e^-noise."""
-        low = 2 * math.log(FINEST) - 2 * self.prior.scale.log()
-        return sequential(order, b, low, self.noise + self.prior.log_variance)
+    def sequential(self, order: Order | Sequence[Order], b: PerImage | Sequence[PerImage]) -> Schedule:
+        """Components one after another (`schedules.sequential`), from the finest noise to SNR = e^-gamma_max_target."""
+        gamma_min = 2 * math.log(FINEST) - 2 * self.prior.scale.log()
+        return sequential(order, b, gamma_min, self.gamma_max_target + self.prior.log_variance)
 
     def process(self, a: float) -> Process:
         """The design's process at inverse softness `a`."""
         return Process(self.basis, self.prior, self.schedule(a))
 
-    def denoise(self, a: float | Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    def gamma_min_target(self, a: PerImage) -> Float[Tensor, "*batch"]:
         """-log SNR of the last component at t = 0, with which max_i N_i is the finest noise.
 
-        log N_i(0) = denoise - l_i + a (l_i - l_max), which is largest at one end of the ordering.
+        log N_i(0) = gamma_min_target - l_i + a (l_i - l_max), which is largest at one end of the ordering.
         """
         low, high = self.ends
         each = torch.as_tensor(a, dtype=torch.float64)
@@ -120,12 +122,12 @@ class Setting:
 
         Its weights are drawn by torch's global generator, which is left as it was.
         """
-        kind, count = CONDITIONINGS[self.design.conditioning]
+        kind, count = NOISE_LEVEL_INPUTS[self.design.conditioning]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             built = build(self.basis, self.prior, count, width=width, conditioning=kind, **network)
         if self.design.conditioning == "time":
-            built.network = _Clock(built.network, self)
+            built.network = _ToldTime(built.network, self)
         return built
 
     @property
@@ -144,22 +146,22 @@ class Setting:
         return float(2 * largest.log() - math.log(len(white)))
 
 
-class _Clock(nn.Module):
+class _ToldTime(nn.Module):
     """A network that is told t and nothing else, as one level for all components, from -10 to 10."""
 
-    def __init__(self, network: Any, setting: Setting) -> None:
+    def __init__(self, network: Any, fitted: FittedDesign) -> None:
         super().__init__()
-        self.network, self.setting = network, setting
+        self.network, self.fitted = network, fitted
         self.config = {**network.config, "told": "time"}
 
     def forward(self, images: Tensor, gamma: Tensor) -> Tensor:
-        low, high = self.setting.ends
-        order = self.setting.prior.order.flatten()
-        level = (gamma - self.setting.prior.log_variance.to(gamma)).flatten(1).double()  # -log SNR
+        low, high = self.fitted.ends
+        order = self.fitted.prior.order.flatten()
+        level = (gamma - self.fitted.prior.log_variance.to(gamma)).flatten(1).double()  # -log SNR
         first, last = level[:, order.argmin()], level[:, order.argmax()]
-        steep = (last - first) / max(high - low, 1e-9)  # the softness of each image
-        start = self.setting.denoise(steep)
-        t = ((last - start) / (self.setting.noise - start + steep * (high - low))).to(gamma)
+        steep = (last - first) / max(high - low, 1e-9)  # the inverse softness of each image
+        start = self.fitted.gamma_min_target(steep)
+        t = ((last - start) / (self.fitted.gamma_max_target - start + steep * (high - low))).to(gamma)
         return self.network(images, (20 * t - 10)[:, None, None, None].expand_as(gamma))
 
 
@@ -204,7 +206,7 @@ def score(
         "bits": found.bits,
         "probe_error": found.probe_error,
         "image_error": found.image_error,
-        "path_bits": float(found.path.sum(-1).mean()) / nats,
+        "diffusion_bits": float(found.diffusion.sum(-1).mean()) / nats,
         "prior_bits": float(found.prior.mean()) / nats,
         "frechet": metrics.frechet(real, images, extractor).value,
         "spectrum": metrics.spectrum_error(real, images),

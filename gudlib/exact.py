@@ -1,11 +1,7 @@
 r"""Closed forms: data whose score, denoiser and likelihood are known exactly.
 
-They are models like a network, `(white_t, gamma) -> eps_hat`, in white components and for any gamma vector:
-
-* `GaussianMixture`, of full covariances; with a single component, the Gaussian;
-* `Empirical`, finitely many points: the denoiser that a network with no inductive bias would learn from them.
-
-With A = diag alpha and N = diag sigma^2, a Gaussian N(m, C) diffuses to N(A m, A C A + N), and
+They are models like a network, `(white_t, gamma) -> eps_hat`, in white components and for any gamma vector. With
+A = diag alpha and N = diag sigma^2, a Gaussian N(m, C) diffuses to N(A m, A C A + N), and
 
     E[chi_0 | chi_t] = m + C A (A C A + N)^-1 (chi_t - A m).
 
@@ -104,31 +100,6 @@ def gaussian(mean: Float[Tensor, " d"], covariance: Float[Tensor, "d d"]) -> Gau
     return GaussianMixture(mean[None], covariance[None])
 
 
-class Empirical:
-    """The exact denoiser of a finite data set: a softmax over its points.
-
-    Arguments:
-        points: white data (n, c, h, w).
-    """
-
-    def __init__(self, points: Batch) -> None:
-        self.points = points
-
-    def __call__(self, white_t: Batch, gamma: Gamma) -> Batch:
-        """The best prediction of the noise, E[eps | chi_t], if the data are exactly these points."""
-        x0 = (self.weights(white_t, gamma) @ self.points.flatten(1)).reshape(white_t.shape)
-        return to_eps(x0, "x0", white_t, gamma)
-
-    def weights(self, white_t: Batch, gamma: Gamma) -> Float[Tensor, "b n"]:
-        """Posterior probability of each point given chi_t."""
-        # |chi_t - alpha x|^2 / sigma^2, expanded so that no (b, n, d) array is made
-        a, s = (f(gamma).expand_as(white_t).flatten(1) for f in (alpha, sigma))
-        x, points = white_t.flatten(1), self.points.flatten(1)
-        cross = (x * a / s**2) @ points.T
-        square = (a / s).square() @ points.square().T
-        return (cross - 0.5 * square).softmax(1)
-
-
 def gaussian_eps(white_t: Batch, gamma: Gamma, white_variance: Float[Tensor, "c h w"]) -> Batch:
     """E[eps | chi_t] for independent N(0, c): sigma chi_t / (alpha^2 c + sigma^2)."""
     noise = torch.sigmoid(gamma)
@@ -173,7 +144,7 @@ def normal_kl(covariance: Float[Tensor, "d d"], other: Float[Tensor, "d d"]) -> 
 
 
 def information(schedule: Schedule, error: Callable[[Gamma], Batch], points: int = 16) -> PerComponent:
-    r"""What each component adds along a schedule, 1/2 int gamma_i' E(eps_i - eps_hat_i)^2 dt, in nats, (c, h, w).
+    r"""What each component adds along a schedule, 1/2 int (d gamma_i/dt) E(eps_i - eps_hat_i)^2 dt, in nats, (c, h, w).
 
     With the error of the best prediction the sum is I(chi_0; chi(t=0)) - I(chi_0; chi(t=1)), whatever the way between;
     how it falls to the components depends on the way. With that of a network the sum is the diffusion term of the
@@ -197,4 +168,4 @@ def information(schedule: Schedule, error: Callable[[Gamma], Batch], points: int
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(points))
     t = (edges[:-1, None] + width[:, None] * (nodes + 1) / 2).flatten()
     weight = (width[:, None] * weights / 2).flatten()
-    return 0.5 * torch.einsum("t,tchw->chw", weight, schedule.rate(t) * error(schedule.gamma(t)))
+    return 0.5 * torch.einsum("t,tchw->chw", weight, schedule.dgamma_dt(t) * error(schedule.gamma(t)))

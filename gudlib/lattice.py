@@ -30,7 +30,6 @@ References:
 
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,18 +37,19 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int8, Int64
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gudlib.files import DATA, read_tensors, write_tensors
+
 Fields = Float[Tensor, "*n size size"]
+Coarse = Float[Tensor, "*n coarse coarse"]
 Spins = Int8[Tensor, "*n size size"]
 Momenta = Float[Tensor, "2 *k"]
 Propagator = Callable[[Momenta], Float[Tensor, "*k"]]
 
 T_C = 2 / math.log(1 + math.sqrt(2))  # where the infinite Ising model is critical
-CACHE = Path(__file__).resolve().parents[1] / "data" / "cache"
+CACHE = DATA / "cache"
 VERSION = 1  # of what `ensemble` stores: raise it when the same arguments no longer give the same fields
 
 
@@ -80,7 +80,7 @@ def gaussian_field(n: int, size: int, propagator: Propagator, generator: torch.G
 
 
 @dataclass(frozen=True)
-class Chains:
+class MarkovChains:
     """What independent Markov chains, updated together, went through.
 
     Attributes:
@@ -137,7 +137,7 @@ def hmc_update(
 def phi4(
     size: int, chains: int, draws: int, generator: torch.Generator, *, mass2: float, coupling: float,
     step: float = 0.15, steps: int = 10, every: int = 1, thermalise: int = 100, progress: bool = True,
-) -> Chains:  # fmt: skip
+) -> MarkovChains:  # fmt: skip
     """phi^4 fields by hybrid Monte Carlo, from the minima of the potential, every other chain in the negative one.
 
     Arguments:
@@ -168,7 +168,7 @@ def phi4(
 
     start = minimum * signs[:, None, None] + gaussian_field(chains, size, free(1.0), generator)
     made = _run(update, start, draws, every, thermalise, "phi^4" if progress else "")
-    return Chains(made.fields.float(), made.acceptance)
+    return MarkovChains(made.fields.float(), made.acceptance)
 
 
 def clusters(bonds: Bool[Tensor, "n 2 size size"]) -> Int64[Tensor, "n size size"]:
@@ -209,7 +209,7 @@ def swendsen_wang(spins: Spins, uniforms: Float[Tensor, "n 2 size size"], coins:
 def ising(
     size: int, chains: int, draws: int, generator: torch.Generator, *, temperature: float,
     every: int = 1, thermalise: int = 100, progress: bool = True,
-) -> Chains:  # fmt: skip
+) -> MarkovChains:  # fmt: skip
     """Ising spins by Swendsen-Wang updates, from aligned ones; arguments as of `phi4`.
 
     Raises:
@@ -227,7 +227,7 @@ def ising(
 
 def _run(
     update: Callable[[Tensor], tuple[Tensor, float]], state: Tensor, draws: int, every: int, thermalise: int, bar: str
-) -> Chains:
+) -> MarkovChains:
     _expect(min(*state.shape, draws, every) >= 1 and thermalise >= 0, "size, chains, draws, every must be at least 1, "
             f"thermalise at least 0; got {state.shape[1]}, {len(state)}, {draws}, {every}, {thermalise}")  # fmt: skip
     kept, accepted, total = [], 0.0, thermalise + draws * every
@@ -236,7 +236,7 @@ def _run(
         accepted += share / total
         if i > thermalise and (i - thermalise) % every == 0:
             kept.append(state)
-    return Chains(torch.stack(kept), accepted)
+    return MarkovChains(torch.stack(kept), accepted)
 
 
 # Exact results for the Ising model
@@ -281,19 +281,19 @@ def kaufman_energy(temperature: float, size: int) -> float:
 # Coarse graining
 
 
-def block(fields: Fields, factor: int, delta: float = 0.0) -> Fields:
+def block(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
     """b^Delta times the averages over blocks of b x b sites, (*n, size / b, size / b)."""
     size = _coarse(fields, factor)
     return factor**delta * fields.unflatten(-1, (size, factor)).unflatten(-3, (size, factor)).mean((-1, -3))
 
 
-def majority(spins: Spins, factor: int, generator: torch.Generator) -> Spins:
+def majority(spins: Spins, factor: int, generator: torch.Generator) -> Int8[Tensor, "*n coarse coarse"]:
     """Block spins: what most spins of a block of b x b say; where they are divided, a fair coin."""
     total = block(spins.float(), factor)
     return torch.where(total == 0, _coins(total.shape, generator), total.sign().to(torch.int8))
 
 
-def shell(fields: Fields, factor: int, delta: float = 0.0) -> Fields:
+def shell(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
     """b^Delta times the long waves of each field, on the lattice of size / b on which they still fit.
 
     Where size / b is even, the shortest stem from two, n = +- size / 2b: their sum over sqrt 2 keeps the variance.
@@ -399,13 +399,13 @@ def standard_error(series: Float[Tensor, "draws chains"]) -> float:
 
 # Ensembles kept on disk
 
-KINDS: dict[str, Callable[..., Chains]] = {"phi4": phi4, "ising": ising}
+KINDS: dict[str, Callable[..., MarkovChains]] = {"phi4": phi4, "ising": ising}
 
 
 def ensemble(
     kind: str, size: int, chains: int, draws: int, seed: int, *, folder: Path = CACHE, progress: bool = True,
     **options: Any,
-) -> Chains:  # fmt: skip
+) -> MarkovChains:  # fmt: skip
     """`phi4` or `ising` fields: read if they are in `folder`, made and stored there if not.
 
     A file is named after all arguments and `VERSION`, is written whole or not at all, and counts only if it says that
@@ -422,25 +422,19 @@ def ensemble(
         return stored
     generator = torch.Generator().manual_seed(seed)
     made = KINDS[kind](size, chains, draws, generator, progress=progress, **options)
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{name}.{os.getpid()}.tmp"
-    about = {"made from": name, "acceptance": repr(made.acceptance), "checksum": _checksum(made.fields)}
-    try:
-        save_file({"fields": made.fields}, draft, about)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    about = {"made from": name, "acceptance": made.acceptance, "checksum": _checksum(made.fields)}
+    write_tensors(path, {"fields": made.fields}, about)
     return made
 
 
-def _read(path: Path, name: str) -> Chains | None:
+def _read(path: Path, name: str) -> MarkovChains | None:
     try:
-        with safe_open(path, "pt") as file:
-            about, fields = file.metadata() or {}, file.get_tensor("fields")
-    except (OSError, SafetensorError):
+        tensors, about = read_tensors(path)
+    except (OSError, ValueError):
         return None
-    right = about.get("made from") == name and about.get("checksum") == _checksum(fields)
-    return Chains(fields, float(about["acceptance"])) if right else None
+    if about.get("made from") != name or about["checksum"] != _checksum(tensors["fields"]):
+        return None
+    return MarkovChains(tensors["fields"], about["acceptance"])
 
 
 def _checksum(fields: Tensor) -> str:

@@ -1,15 +1,15 @@
-r"""Likelihood: the price of data under a model, in nats for each image and in bits per dimension.
+r"""Likelihood: negative log-likelihood (NLL) of data under a model, in nats for each image and in bits per dimension.
 
-For every path gamma(t) from 0 to 1, with chi_0 the white components of an image and chi_t what becomes of them,
+For every schedule gamma(t) from 0 to 1, with chi_0 the white components of an image and chi_t what becomes of them,
 
-    -log p(data) <= KL(q(chi_1) || N(0, 1))                                     prior: what is left at t = 1
-                    + 1/2 int sum_i gamma_i' E(eps_i - eps_hat_i)^2 dt          path: what the model pays on the way
-                    - E log p(chi_0 | chi at t = 0)                             decoder: the last bit of noise
-                    + sum_i log S_i                                             volume: from white to data units
+    -log p(data) <= KL(q(chi_1) || N(0, 1))                                  prior term: what is left at t = 1
+                    + 1/2 int sum_i (d gamma_i/dt) E(eps_i - eps_hat_i)^2 dt diffusion term
+                    - E log p(chi_0 | chi at t = 0)                          reconstruction term, of a decoder
+                    + sum_i log S_i                                          log volume: from white to data units
 
-`bound` estimates it with random t and eps; `flow` replaces prior and path by the density that the probability-flow ODE
-transports. With the exact denoiser the bound does not depend on the path; what it exceeds -log p by is KL(q(chi_1) ||
-N(0, 1)) of the data, if the decoder is the true posterior.
+`bound` estimates this negative ELBO with random t and eps; `flow` replaces prior and diffusion terms by the density
+that the probability-flow ODE transports. With the exact denoiser the bound depends on the ends of the schedule only;
+what it exceeds -log p by is KL(q(chi_1) || N(0, 1)) of the data, if the decoder is the true posterior.
 
 References:
     Variational Diffusion Models, D. P. Kingma et al., 2021, https://arxiv.org/abs/2107.00630, section 4 and appendix
@@ -18,27 +18,23 @@ References:
 """
 
 import hashlib
-import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import softplus
 from torchdiffeq import odeint
-from tqdm.auto import tqdm
 
 from gudlib.data import scale, to_uint8
-from gudlib.denoiser import read_tensors, write_tensors
 from gudlib.exact import gaussian_eps
+from gudlib.importance import Proposal
 from gudlib.process import Batch, Gamma, Model, Process, diffuse
 from gudlib.schedules import sigma
 
 GREY_LEVEL = 1 / 128  # what dequantisation spreads a grey level over, in units of the data, [-1, 1)
-BINS = 32  # in which importance sampling learns
 EXACT_TRACE = 64  # components up to which the divergence is exact
 
 
@@ -59,19 +55,19 @@ class Likelihood:
     """-log p of n images, or an upper bound of it, in nats: k independent estimates of each part.
 
     Attributes:
-        prior: (k, n), what is left at t = 1.
-        path: (k, n, g), by group of components.
-        decoder: (k, n), from the lowest noise level to the data.
-        volume: sum log S, a number; 0 for discrete data.
+        prior: (k, n), prior term, what is left at t = 1.
+        diffusion: (k, n, g), diffusion term, by group of components.
+        reconstruction: (k, n), reconstruction term, from the lowest noise level to the data.
+        log_volume: sum log S, a number; 0 for discrete data.
         dims: components of an image.
         width: as in `bits_per_dim`.
-        nfe: model calls spent on each image.
+        nfe: network evaluations for each image.
     """
 
     prior: Float[Tensor, "k n"]
-    path: Float[Tensor, "k n g"]
-    decoder: Float[Tensor, "k n"]
-    volume: float
+    diffusion: Float[Tensor, "k n g"]
+    reconstruction: Float[Tensor, "k n"]
+    log_volume: float
     dims: int
     width: float
     nfe: float
@@ -79,7 +75,7 @@ class Likelihood:
     @property
     def nats(self) -> Float[Tensor, "k n"]:
         """-log p of every image by every estimate."""
-        return self.prior + self.path.sum(-1) + self.decoder + self.volume
+        return self.prior + self.diffusion.sum(-1) + self.reconstruction + self.log_volume
 
     @property
     def bits(self) -> float:
@@ -112,13 +108,13 @@ class Normal:
 
     def __init__(self, process: Process) -> None:
         self.c = _variance(process)
-        self.gamma = process.schedule.gamma(torch.zeros((), dtype=torch.float64)).to(self.c)
+        self.gamma = process.schedule.gamma(0.0).to(self.c)
         self.ratio = self.gamma.exp() / self.c
         self.constant = math.log(2 * math.pi) + self.gamma - self.ratio.log1p()  # log 2 pi v
-        self.volume = float(process.prior.log_volume)
+        self.log_volume = float(process.prior.log_volume)
 
     def __call__(self, model: Model, white: Batch, eps: Batch) -> Float[Tensor, " b"]:
-        """The price of white data (b, c, h, w) if `eps` is the noise at t = 0."""
+        """NLL of white data (b, c, h, w) if `eps` is the noise at t = 0."""
         gamma = self.gamma.to(white)[None]
         square = (eps - model(diffuse(white, gamma, eps), gamma)).square()
         return 0.5 * (self.constant.to(white) + square * (1 + self.ratio.to(white))).flatten(1).sum(1)
@@ -140,11 +136,11 @@ class Discrete:
         ValueError: if it is not.
     """
 
-    width, volume = 1.0, 0.0
+    width, log_volume = 1.0, 0.0
 
     def __init__(self, process: Process) -> None:
         self.process, scales = process, process.prior.scale.double()
-        self.gamma = process.schedule.gamma(torch.zeros((), dtype=torch.float64)).to(scales)
+        self.gamma = process.schedule.gamma(0.0).to(scales)
         pixel = self.gamma + 2 * scales.log()
         low, high = float(pixel.min()), float(pixel.max())
         if high - low > 1e-6:
@@ -155,7 +151,7 @@ class Discrete:
         self.floor = low
 
     def __call__(self, model: Model, white: Batch, eps: Batch) -> Float[Tensor, " b"]:
-        """The price of white data (b, c, h, w) if `eps` is the noise at t = 0; the model has no say."""
+        """NLL of white data (b, c, h, w) if `eps` is the noise at t = 0; it does not depend on the model."""
         noised = self.process.data(white + (0.5 * self.gamma).exp().to(white) * eps)
         level = to_uint8(self.process.data(white)).long()
         values = scale(torch.arange(256, dtype=torch.uint8, device=white.device)).to(white)
@@ -181,79 +177,69 @@ def bound(
     importance: bool = False,
     groups: Int64[Tensor, "c h w"] | None = None,
     chunk: int = 128,
-    store: str | Path | None = None,
-    progress: bool = False,
 ) -> Likelihood:
     """The variational bound of each image, from `draws` random (t, eps) each.
 
-    What the best denoiser of independent normals of the data's variances would pay is known in closed form; only the
-    difference to it is estimated, with the same noise for both. Within a draw the images' times are a shifted regular
-    grid in t, or, with `importance`, in a clock that runs where those normals pay, stretched where the draws before
-    found the integrand large. All of this is unbiased, for any model.
+    The diffusion term of the best denoiser of independent normals of the data's variances is known in closed form; only
+    the difference to it is estimated, with the same noise for both (a control variate). Within a draw the images' times
+    are a shifted regular grid in t, or, with `importance`, drawn from a proposal density (`gudlib.importance`). All of
+    this is unbiased, for any model.
 
     Arguments:
         model: `(white_t, gamma) -> eps_hat`.
-        process: the path, and the units.
+        process: the schedule, and the units.
         data: images (n, c, h, w); for the `normal` decoder dequantised, for `discrete` not (`data.scale`).
         draws: estimates of each image.
         seed: of times and noise; draw j uses (seed, j) alone.
         steps: bound of a sampler of that many ancestral steps; None is the limit of infinitely many.
         decoder: `normal` or `discrete`, see `Normal` and `Discrete`.
         importance: choose times where the integrand is large; for schedules that waste time.
-        groups: number of each component's group, for the split of `path` (`bases.groups_by`); default one group.
+        groups: number of each component's group, for the split of `diffusion` (`bases.groups_by`); default one group.
         chunk: images at a time, which bounds the memory.
-        store: file that keeps finished draws; a run that finds its own goes on from there.
-        progress: show a bar.
 
     Raises:
-        ValueError: for a decoder that is unknown or does not apply, sizes below 1, or a store of another run.
+        ValueError: for a decoder that is unknown or does not apply, or sizes below 1.
     """
     white = _checked(process, data, decoder, draws=draws, chunk=chunk, steps=1 if steps is None else steps)
-    decode, c = DECODERS[decoder](process), _variance(process).to(white)
+    decode, c, n = DECODERS[decoder](process), _variance(process).to(white), len(white)
     groups = torch.zeros(process.schedule.shape, dtype=torch.long) if groups is None else groups
     member = torch.nn.functional.one_hot(groups.flatten()).to(white)  # (components, groups)
-    n = len(white)
-    known = 0.5 * _normal_path(process, c, white, steps).flatten(1) @ member
-    spent = _paid(process, c) if importance else None
+    control = 0.5 * _normal_diffusion(process, c, white, steps).flatten(1) @ member
+    proposal = Proposal(process, c) if importance else None
 
     def normals(chi: Batch, gamma: Gamma) -> Batch:
         return gaussian_eps(chi, gamma, c)
 
-    def one(j: int, before: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    diffusion, reconstruction = [], []
+    for j in range(draws):
         generator = torch.Generator(white.device).manual_seed(_mix(seed, j))
-        order = torch.randperm(n, generator=generator, device=white.device)
-        u = (torch.rand((), generator=generator, dtype=torch.float64, device=white.device) + order / n) % 1
-        place = t = u
-        stretch = slope = torch.ones_like(u)
-        if spent:
-            place, stretch = _learnt(u, before)
-            t, slope = _inverse(place, *spent)
+        permutation = torch.randperm(n, generator=generator, device=white.device)
+        u = (torch.rand((), generator=generator, dtype=torch.float64, device=white.device) + permutation / n) % 1
+        t, density = proposal.times(u) if proposal else (u, torch.ones_like(u))
         parts = []
         for i in range(0, n, chunk):
-            x, when = white[i : i + chunk], t[i : i + chunk]
+            x = white[i : i + chunk]
             eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            gamma, speed = _speed(process, when, steps)
+            gamma, weight = _weighted_levels(process, t[i : i + chunk], steps)
             chi = diffuse(x, gamma, eps)
-            more = (eps - model(chi, gamma)).square() - (eps - normals(chi, gamma)).square()
-            end = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            last = decode(model, x, end)
+            difference = (eps - model(chi, gamma)).square() - (eps - normals(chi, gamma)).square()
+            eps_0 = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            decoded = decode(model, x, eps_0)
             if isinstance(decode, Normal):
-                last = last - decode(normals, x, end) + decode.expected(x)
-            parts.append(((0.5 * speed * more).flatten(1) @ member, last))
-        paid, last = (torch.cat(part) for part in zip(*parts, strict=True))
-        paid = paid / slope[:, None]
-        return {"path": known + paid / stretch[:, None], "decoder": last, "place": place, "size": paid.sum(1)}
-
-    settings = {"what": "bound", "seed": seed, "steps": steps, "decoder": decoder, "importance": importance}
-    key = _key(model, process, white, settings | {"groups": groups.tolist()}) if store else ""
-    found = _collect(one, draws, store, key, progress)
-    end = process.schedule.gamma(torch.ones((), dtype=torch.float64)).to(white)
-    left = 0.5 * (torch.sigmoid(-end) * white.square() + torch.sigmoid(end) - 1 + torch.nn.functional.softplus(-end))
+                decoded = decoded - decode(normals, x, eps_0) + decode.expected(x)
+            parts.append(((0.5 * weight * difference).flatten(1) @ member, decoded))
+        integrand, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
+        diffusion.append((control + integrand / density[:, None]).cpu())
+        reconstruction.append(decoded.cpu())
+        if proposal:
+            proposal.learn(integrand.sum(1))
+    gamma = process.schedule.gamma(1.0).to(white)
+    prior = 0.5 * (torch.sigmoid(-gamma) * white.square() + torch.sigmoid(gamma) - 1 + softplus(-gamma))
     return Likelihood(
-        prior=left.flatten(1).sum(1).cpu().expand(draws, n),
-        path=torch.stack([draw["path"] for draw in found]),
-        decoder=torch.stack([draw["decoder"] for draw in found]),
-        volume=decode.volume,
+        prior=prior.flatten(1).sum(1).cpu().expand(draws, n),
+        diffusion=torch.stack(diffusion),
+        reconstruction=torch.stack(reconstruction),
+        log_volume=decode.log_volume,
         dims=white[0].numel(),
         width=decode.width,
         nfe=1 + isinstance(decode, Normal),
@@ -269,8 +255,6 @@ def flow(
     decoder: str = "normal",
     tolerance: float = 1e-5,
     chunk: int = 64,
-    store: str | Path | None = None,
-    progress: bool = False,
 ) -> Likelihood:
     """-log p of the probability-flow ODE (plus the decoder's bound), for each image.
 
@@ -281,65 +265,57 @@ def flow(
 
     Arguments:
         model: `(white_t, gamma) -> eps_hat`, differentiable.
-        process: the path, and the units.
+        process: the schedule, and the units.
         data: as for `bound`.
         draws: estimates of each image, each with noise and signs of its own.
         seed: of noise and signs.
         decoder: as for `bound`.
         tolerance: relative and absolute, of the solver.
-        chunk: images in one solve; store and progress: as for `bound`.
+        chunk: images in one solve.
 
     Raises:
         ValueError: as `bound`.
     """
     white = _checked(process, data, decoder, draws=draws, chunk=chunk)
-    decode = DECODERS[decoder](process)
-    low = process.schedule.gamma(torch.zeros((), dtype=torch.float64)).to(white)
-    parts = white.split(chunk)
-
-    def one(j: int, _: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        x = parts[j % len(parts)]
+    decode, gamma = DECODERS[decoder](process), process.schedule.gamma(0.0).to(white)
+    prior, diffusion, reconstruction, nfe = [], [], [], []
+    for j, x in enumerate(white.split(chunk) * draws):
         generator = torch.Generator(white.device).manual_seed(_mix(seed, j))
         eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         signs = torch.randint(0, 2, x.shape, generator=generator, device=x.device).to(x) * 2 - 1
-        end, divergence, calls = _transport(model, process, diffuse(x, low, eps), signs, tolerance)
-        noising = 0.5 * (math.log(2 * math.pi) + 2 * sigma(low).log() + eps.square()).flatten(1).sum(1)
+        end, divergence, evaluations = _transport(model, process, diffuse(x, gamma, eps), signs, tolerance)
+        noising = 0.5 * (math.log(2 * math.pi) + 2 * sigma(gamma).log() + eps.square()).flatten(1).sum(1)
+        prior.append(0.5 * (end.square() + math.log(2 * math.pi)).flatten(1).sum(1))
+        diffusion.append(-divergence - noising)
         with torch.no_grad():
-            return {
-                "prior": 0.5 * (end.square() + math.log(2 * math.pi)).flatten(1).sum(1),
-                "path": -divergence - noising,
-                "decoder": decode(model, x, eps),
-                "calls": torch.full((len(x),), float(calls + isinstance(decode, Normal))),
-            }
-
-    settings = {"what": "flow", "seed": seed, "decoder": decoder, "tolerance": tolerance, "chunk": chunk}
-    key = _key(model, process, white, settings) if store else ""
-    found = _collect(one, draws * len(parts), store, key, progress)
-    whole = {name: torch.cat([part[name] for part in found]).reshape(draws, -1) for name in found[0]}
+            reconstruction.append(decode(model, x, eps))
+        nfe += [evaluations + isinstance(decode, Normal)] * len(x)
+    whole = (torch.cat(part).cpu().reshape(draws, -1) for part in (prior, diffusion, reconstruction))
+    prior, diffusion, reconstruction = whole
     return Likelihood(
-        prior=whole["prior"],
-        path=whole["path"][..., None],
-        decoder=whole["decoder"],
-        volume=decode.volume,
+        prior=prior,
+        diffusion=diffusion[..., None],
+        reconstruction=reconstruction,
+        log_volume=decode.log_volume,
         dims=white[0].numel(),
         width=decode.width,
-        nfe=float(whole["calls"].mean()),
+        nfe=sum(nfe) / len(nfe),
     )
 
 
 def _transport(
     model: Model, process: Process, start: Batch, signs: Batch, tolerance: float
 ) -> tuple[Batch, Float[Tensor, " b"], int]:
-    """chi at t = 1, the integral of the velocity's divergence, and the number of model calls."""
-    d, calls = start[0].numel(), 0
+    """chi at t = 1, the integral of the velocity's divergence, and the number of network evaluations."""
+    d, nfe = start[0].numel(), 0
     if d <= EXACT_TRACE:
         probes = torch.eye(d, dtype=start.dtype, device=start.device).reshape(d, 1, *start.shape[1:])
     else:
         probes = signs[None]
 
-    def rate(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        nonlocal calls
-        calls += 1
+    def velocity(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        nonlocal nfe
+        nfe += 1
         inside = t.clamp(first + 1e-9 * (last - first), last - 1e-9 * (last - first))
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
@@ -350,9 +326,9 @@ def _transport(
     end, divergence = start, start.new_zeros(len(start))
     for first, last in pairwise([0.0, *process.schedule.kinks.tolist(), 1.0]):
         span = torch.tensor([first, last], dtype=torch.float64, device=start.device)
-        solved = odeint(rate, (end, divergence), span, rtol=tolerance, atol=tolerance, method="dopri5")
+        solved = odeint(velocity, (end, divergence), span, rtol=tolerance, atol=tolerance, method="dopri5")
         end, divergence = (part[-1] for part in solved)
-    return end, divergence, calls
+    return end, divergence, nfe
 
 
 def _variance(process: Process) -> Float[Tensor, "c h w"]:
@@ -374,17 +350,17 @@ def _mix(seed: int, j: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {j}".encode()).digest()[:7], "big")
 
 
-def _speed(process: Process, t: Tensor, steps: int | None) -> tuple[Gamma, Gamma]:
-    """gamma at the times and the weight of the squared error there: gamma', or that of one in `steps` steps."""
+def _weighted_levels(process: Process, t: Tensor, steps: int | None) -> tuple[Gamma, Gamma]:
+    """gamma at times t and the weight of the squared error there: d gamma/dt, or that of one in `steps` steps."""
     if steps is None:
-        return process.schedule.gamma(t), process.schedule.rate(t)
+        return process.schedule.gamma(t), process.schedule.dgamma_dt(t)
     index = (t * steps).floor()
-    now, then = process.schedule.gamma((index + 1) / steps), process.schedule.gamma(index / steps)
-    return now, steps * torch.expm1(now - then)
+    gamma_t, gamma_s = process.schedule.gamma((index + 1) / steps), process.schedule.gamma(index / steps)
+    return gamma_t, steps * torch.expm1(gamma_t - gamma_s)
 
 
-def _normal_path(process: Process, c: Tensor, white: Batch, steps: int | None) -> Tensor:
-    """int gamma' E(eps - eps_G)^2 dt of independent normals of variance c, or its sum over steps, (b, c, h, w).
+def _normal_diffusion(process: Process, c: Tensor, white: Batch, steps: int | None) -> Tensor:
+    """int (d gamma/dt) E(eps - eps_G)^2 dt of independent normals of variance c, or its sum over steps, (b, c, h, w).
 
     With s = e^gamma, E(eps - eps_G)^2 = (c^2 + s chi_0^2) / (c + s)^2.
     """
@@ -395,80 +371,3 @@ def _normal_path(process: Process, c: Tensor, white: Batch, steps: int | None) -
     gamma = process.schedule.gamma(torch.linspace(0, 1, steps + 1, dtype=torch.float64)).to(white)
     s, weight = gamma[1:].exp(), torch.expm1(gamma.diff(dim=0))
     return (weight * c**2 / (c + s) ** 2).sum(0) + (weight * s / (c + s) ** 2).sum(0) * white.square()
-
-
-def _paid(process: Process, c: Tensor) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
-    """Times, and the share of int [sum_i gamma_i'^2 c_i / (c_i + e^gamma_i)]^(1/2) dt reached by then.
-
-    Normals of variance c pay gamma_i' c_i / (c_i + e^gamma_i); what another model saves scatters by its root at most,
-    for each component that moves. A twentieth is spread evenly, so as to miss nothing.
-    """
-    t = torch.cat([torch.linspace(0, 1, 1025, dtype=torch.float64), process.schedule.kinks.cpu()]).unique().to(c.device)
-    cells = []
-    for some in t.unfold(0, 2, 1).split(64):
-        low, high = (process.schedule.gamma(end) for end in some.unbind(1))
-        paid = (high - low).square() * torch.sigmoid(c.double().log() - (low + high) / 2)
-        cells.append(paid.flatten(1).sum(1).sqrt())
-    share = torch.cat([t[:1], torch.cat(cells).cumsum(0)])
-    return t, torch.lerp(share / share[-1] if share[-1] > 0 else t, t, 0.05)
-
-
-def _inverse(share: Float[Tensor, " n"], t: Float[Tensor, " m"], paid: Float[Tensor, " m"]) -> tuple[Tensor, Tensor]:
-    """Where `paid`, linear between the times t, has reached `share`, and its slope there."""
-    k = (torch.searchsorted(paid, share, right=True) - 1).clamp(0, len(t) - 2)
-    slope = (paid.diff() / t.diff())[k]
-    return t[k] + (share - paid[k]) / slope, slope
-
-
-def _learnt(u: Float[Tensor, " n"], before: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Places of a density for uniform `u`, and that density: flat, or as the draws before suggest."""
-    if not before:
-        return u, torch.ones_like(u)
-    place = (torch.cat([draw["place"] for draw in before]).to(u) * BINS).long().clamp(max=BINS - 1)
-    square = torch.cat([draw["size"] for draw in before]).to(u).square()
-    count = torch.bincount(place, minlength=BINS)
-    mean = torch.bincount(place, square, minlength=BINS) / count.clamp(min=1)
-    size = torch.where(count > 0, mean, square.mean()).sqrt()
-    density = 0.9 * size / size.mean() + 0.1  # never so small that one image outweighs all
-    edges = torch.cat([density.new_zeros(1), density.cumsum(0) / BINS])
-    edges[-1] = 1 + 1e-12
-    k = torch.searchsorted(edges, u, right=True) - 1
-    return (k + (u - edges[k]) * BINS / density[k]) / BINS, density[k]
-
-
-def _key(model: Model, process: Process, white: Batch, settings: dict) -> str:
-    """What tells one run from another: settings, data, path, and what the model says of a first image."""
-    t = torch.linspace(0, 1, 5, dtype=torch.float64)
-    gamma = process.schedule.gamma(t)
-    with torch.no_grad():
-        answer = model(white[:1], gamma[2:3].to(white))
-    seen = [f"{x:.3g}" for x in (answer.mean(), answer.std(), *gamma.mean((1, 2, 3)), *gamma.amax((1, 2, 3)))]
-    said = json.dumps([settings, seen], sort_keys=True).encode()
-    return hashlib.sha256(said + white.cpu().numpy().tobytes()).hexdigest()
-
-
-def _collect(
-    one: Callable[[int, list[dict[str, Tensor]]], dict[str, Tensor]],
-    count: int,
-    store: str | Path | None,
-    key: str,
-    progress: bool,
-) -> list[dict[str, Tensor]]:
-    """`one(j, those before)` for j = 0 .. count - 1; what is in `store` already is read, what is not is added to it."""
-    done: list[dict[str, Tensor]] = []
-    if store is not None and Path(store).exists():
-        tensors, header = read_tensors(store)
-        if header.get("key") != key:
-            raise ValueError(f"store {store} is of another model, data or settings: remove it or name another file")
-        for name, value in tensors.items():
-            j, _, part = name.partition(".")
-            done += [{} for _ in range(int(j) + 1 - len(done))]
-            done[int(j)][part] = value
-    bar = tqdm(total=count, initial=min(len(done), count), desc="likelihood", disable=not progress)
-    for j in range(len(done), count):
-        done.append({name: value.cpu() for name, value in one(j, done).items()})
-        bar.update()
-        if store is not None:
-            write_tensors(store, {f"{i}.{k}": v for i, d in enumerate(done) for k, v in d.items()}, {"key": key})
-    bar.close()
-    return done[:count]

@@ -24,7 +24,7 @@ CONDITIONINGS = ("film", "attention", "map")
 class GammaGroups(nn.Module):
     """Noise levels as features of groups of components: (batch, group, 9).
 
-    Beyond `reach` a component is clean or gone for every practical purpose, and all levels there look the same: so a
+    Beyond `reach` a component is clean or gone for every practical purpose, and all levels there count as one: so a
     network trained over a range of schedules can be asked about steeper ones.
 
     Arguments:
@@ -50,7 +50,7 @@ class GammaGroups(nn.Module):
         return torch.cat([mean / 10, phase.sin(), phase.cos()], dim=-1)
 
 
-class Block(nn.Module):
+class ConvBlock(nn.Module):
     """Two convolutions with a residual path; an embedding, if there is one, scales and shifts in between."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
@@ -153,17 +153,17 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         stack, now = [width], width
         for i, size in enumerate(sizes):
-            self.down.append(Block(now, size, embedding))
+            self.down.append(ConvBlock(now, size, embedding))
             stack.append(size)
             now = size
             if i + 1 < len(sizes):
                 self.down.append(nn.Conv2d(size, size, 3, stride=2, padding=1))
                 stack.append(size)
-        self.middle = nn.ModuleList([Block(now, now, embedding), Attention(now), Block(now, now, embedding)])
+        self.middle = nn.ModuleList([ConvBlock(now, now, embedding), Attention(now), ConvBlock(now, now, embedding)])
         self.cross = nn.ModuleList([Attention(size, tokens) for size in sizes] if tokens else [])
         for i, size in reversed(list(enumerate(sizes))):
-            self.up.append(Block(now + stack.pop(), size, embedding))
-            self.up.append(Block(size + stack.pop(), size, embedding))
+            self.up.append(ConvBlock(now + stack.pop(), size, embedding))
+            self.up.append(ConvBlock(size + stack.pop(), size, embedding))
             now = size
             if i > 0:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(size, size, 3, padding=1)))
@@ -188,68 +188,17 @@ class UNet(nn.Module):
         x = self.stem(x) + self.place
         skips, resolution = [x], 0
         for layer in self.down:
-            if isinstance(layer, Block):
+            if isinstance(layer, ConvBlock):
                 x = layer(x, embedding)
                 x = self.cross[resolution](x, tokens) if tokens is not None else x
             else:
                 x, resolution = layer(x), resolution + 1
             skips.append(x)
         for layer in self.middle:
-            x = layer(x, embedding) if isinstance(layer, Block) else layer(x)
+            x = layer(x, embedding) if isinstance(layer, ConvBlock) else layer(x)
         for layer in self.up:
-            x = layer(torch.cat([x, skips.pop()], dim=1), embedding) if isinstance(layer, Block) else layer(x)
+            x = layer(torch.cat([x, skips.pop()], dim=1), embedding) if isinstance(layer, ConvBlock) else layer(x)
         return functional.pixel_shuffle(self.head(functional.silu(self.norm(x))), self.patch)
-
-
-class MLP(nn.Module):
-    """A residual multilayer perceptron for toys: images and gamma are flattened and concatenated.
-
-    Arguments:
-        shape: output shape (channel, height, width).
-        inputs: number of input channels.
-        width: hidden width.
-        depth: number of residual layers.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], inputs: int, width: int = 128, depth: int = 3) -> None:
-        super().__init__()
-        self.config: dict[str, Any] = {
-            "kind": "mlp", "shape": list(shape), "inputs": inputs, "width": width, "depth": depth,
-        }  # fmt: skip
-        self.shape = shape
-        c, h, w = shape
-        self.stem = nn.Linear((inputs + c) * h * w, width)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-            for _ in range(depth)
-        )
-        self.head = nn.Linear(width, c * h * w)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(
-        self, images: Float[Tensor, "b inputs h w"], gamma: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b c h w"]:
-        """An image for each input and each noise level."""
-        x = self.stem(torch.cat([images.flatten(1), gamma.flatten(1) / 10], dim=1))
-        for layer in self.layers:
-            x = x + layer(x)
-        return self.head(x).reshape(-1, *self.shape)
-
-
-def make(config: dict[str, Any], groups: Int[Tensor, "c h w"] | None = None) -> UNet | MLP:
-    """A network from its `config`, as stored in checkpoints; a U-Net also needs its groups.
-
-    Raises:
-        ValueError: for an unknown kind, or a U-Net without groups.
-    """
-    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "kind"}
-    if config["kind"] == "mlp":
-        return MLP(**options)
-    if config["kind"] != "unet" or groups is None:
-        given = "with" if groups is not None else "without"
-        raise ValueError(f"kind must be 'mlp', or 'unet' with groups; got {config['kind']!r} {given} groups")
-    return UNet(groups=groups, **options)
 
 
 def _norm(channels: int) -> nn.GroupNorm:

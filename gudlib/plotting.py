@@ -30,7 +30,7 @@ MAP = "cividis"
 
 
 def use_style() -> None:
-    """Set the look of every figure of the companion."""
+    """Set the style of every figure of the companion."""
     sns.set_theme(context="notebook", style="ticks")
     plt.rcParams.update(
         {
@@ -166,8 +166,8 @@ def matrix(ax: Axes, values: Float[Tensor, "n m"], title: str = "", limits: tupl
 def trails(ax: Axes, states: Float[Tensor, "k n 2"]) -> LineCollection:
     """Draw n trajectories in the plane, each from dark to light along its own length, with a dot where it ends."""
     steps = torch.stack([states[:-1], states[1:]], dim=2)  # (k - 1, n, 2 ends, 2)
-    walked = steps.diff(dim=2).norm(dim=-1)[..., 0].cumsum(0)
-    shade = 0.9 * walked / walked[-1]
+    travelled = steps.diff(dim=2).norm(dim=-1)[..., 0].cumsum(0)
+    shade = 0.9 * travelled / travelled[-1]
     lines = LineCollection(list(steps.flatten(0, 1).numpy()), clim=(0, 1), cmap=MAP, linewidths=1.6)
     lines.set_array(shade.flatten().numpy())
     ax.add_collection(lines)

@@ -72,7 +72,7 @@ def measure(basis: Callable[[Tensor], Tensor], images: Components, floor: float 
 
 
 class Prior(nn.Module):
-    """`N(m, diag S^2)` over components, and what the data look like in its units.
+    """`N(m, diag S^2)` over components, and the data in its units.
 
     Arguments:
         moments: mean and variance of the data's components.
@@ -121,11 +121,11 @@ class Prior(nn.Module):
         """sum_i log S_i, a scalar: log p(data) = log p(white) - log_volume."""
         return self.scale.log().sum()
 
-    def whiten(self, components: Components) -> Components:
+    def whiten(self, components: Float[Tensor, "... c h w"]) -> Float[Tensor, "... c h w"]:
         """chi_hat = (chi - m) / S."""
         return (components - self.mean.to(components)) / self.scale.to(components)
 
-    def unwhiten(self, white: Components) -> Components:
+    def unwhiten(self, white: Float[Tensor, "... c h w"]) -> Float[Tensor, "... c h w"]:
         """chi = m + S chi_hat."""
         return self.mean.to(white) + self.scale.to(white) * white
 

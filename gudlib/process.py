@@ -8,7 +8,7 @@ Diffusion happens in `white`, independently in every component,
 
     d chi_i = -1/2 beta_i chi_i dt + sqrt(beta_i) dW_i;
 
-networks look at `white_data`, which is an image again. A *model* is any function `(white_t, gamma) -> eps_hat`: a
+networks are given `white_data`, which is an image again. A *model* is any function `(white_t, gamma) -> eps_hat`: a
 network, or a closed form of `gudlib.exact`. It gets the vector gamma, never t nor the schedule.
 """
 
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from gudlib.bases import Basis
 from gudlib.priors import Prior
-from gudlib.schedules import Schedule, alpha, sigma
+from gudlib.schedules import Levels, Schedule, Time, alpha, sigma
 
 Batch = Float[Tensor, "b c h w"]
-Gamma = Float[Tensor, "#b c h w"]
+Gamma = Float[Tensor, "*#batch #c #h #w"]  # broadcasts to a Batch
 Model = Callable[[Batch, Gamma], Batch]
 
 
@@ -68,7 +68,7 @@ def from_eps(eps: Tensor, kind: str, white_t: Tensor, gamma: Tensor) -> Tensor:
     raise ValueError(f"kind must be one of eps, x0, score, v; got {kind!r}")
 
 
-def diffuse(white: Batch, gamma: Gamma, eps: Batch) -> Batch:
+def diffuse(white: Levels, gamma: Levels, eps: Levels) -> Levels:
     """The forward marginal chi(t) = alpha chi(0) + sigma eps."""
     return alpha(gamma) * white + sigma(gamma) * eps
 
@@ -113,12 +113,12 @@ class Process(nn.Module):
         eps = torch.randn(white.shape, generator=generator, dtype=white.dtype, device=white.device)
         return self.data(diffuse(white, self.schedule.gamma(t), eps))
 
-    def forward_sde(self, white_t: Batch, t: Tensor) -> Coefficients:
+    def forward_sde(self, white_t: Batch, t: Time) -> Coefficients:
         """d chi = -1/2 beta chi dt + sqrt(beta) dW."""
         beta = self.schedule.beta(t)
         return Coefficients(-0.5 * beta * white_t, beta.sqrt().expand_as(white_t))
 
-    def reverse_sde(self, white_t: Batch, t: Tensor, eps: Batch) -> Coefficients:
+    def reverse_sde(self, white_t: Batch, t: Time, eps: Batch) -> Coefficients:
         """The process run backwards: drift -beta (chi / 2 + score); integrate it with dt < 0.
 
         References:
@@ -129,12 +129,12 @@ class Process(nn.Module):
         score = from_eps(eps, "score", white_t, self.schedule.gamma(t))
         return Coefficients(-beta * (0.5 * white_t + score), beta.sqrt().expand_as(white_t))
 
-    def velocity(self, white_t: Batch, t: Tensor, eps: Batch) -> Batch:
-        """d chi / dt of the probability-flow ODE, -beta (chi + score) / 2 = gamma' sigma (eps - sigma chi) / 2.
+    def velocity(self, white_t: Batch, t: Time, eps: Batch) -> Batch:
+        """d chi / dt of the probability-flow ODE, -beta (chi + score) / 2 = (d gamma/dt) sigma (eps - sigma chi) / 2.
 
         References:
             Score-Based Generative Modeling through Stochastic Differential Equations, Y. Song et al., 2021,
             https://arxiv.org/abs/2011.13456, section 4.3
         """
         s = self.schedule.sigma(t)
-        return 0.5 * self.schedule.rate(t) * s * (eps - s * white_t)
+        return 0.5 * self.schedule.dgamma_dt(t) * s * (eps - s * white_t)

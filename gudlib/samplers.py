@@ -1,4 +1,4 @@
-r"""Samplers: walk a process backwards, from t = 1 to t = 0, with any model `(white_t, gamma) -> eps_hat`.
+r"""Samplers: follow a process backwards, from t = 1 to t = 0, with any model `(white_t, gamma) -> eps_hat`.
 
 A method is one update from t to s < t, for all components at once and each with its own noise levels. It returns the
 mean and the standard deviation of the next state; the driver draws. With r = exp(gamma_s - gamma_t) <= 1:
@@ -22,7 +22,7 @@ For independent normal components m is their mean: one step is exact, from any t
 `gaussian-2m` extrapolates it from two calls, `gaussian-pc` from four, and corrects each step by the m found at its
 end, when the next step calls the model there anyway.
 
-Methods with a memory hand over, in `Step.then`, the method of the next step. A component that is not moving, or has
+Methods with a memory hand over, in `Step.next_method`, that of the next step. A component that is not moving, or has
 only begun to, uses no more memory than it has. But for Euler-Maruyama no method needs the schedule's derivative, and
 all leave a component that is not moving where it is, up to rounding.
 
@@ -65,17 +65,17 @@ class Step:
         mean: of the next state, (b, c, h, w).
         std: of the noise to add, broadcastable to it; 0 for deterministic methods.
         nfe: how often the model was called.
-        then: the method of the next step, if that is to remember this one.
+        next_method: of the next step, if that is to remember this one.
     """
 
     mean: Tensor
     std: Tensor
     nfe: int = 1
-    then: "Method | None" = None
+    next_method: Callable[..., "Step"] | None = None
 
 
 Method = Callable[[Model, Process, Batch, Tensor, Tensor], Step]
-Look = tuple[Tensor, Tensor]  # noise levels, and the means found there
+Evaluation = tuple[Tensor, Tensor]  # noise levels at which the model was called, and the means found there
 
 
 def euler_maruyama(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
@@ -86,10 +86,10 @@ def euler_maruyama(model: Model, process: Process, white_t: Batch, t: Tensor, s:
 
 def ancestral(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
     """One step of ancestral (DDPM) sampling: the exact posterior, given chi_0 = its prediction."""
-    now, then = process.schedule.gamma(t), process.schedule.gamma(s)
-    moved = -torch.expm1(then - now)  # 1 - r
-    mean = alpha(then) / alpha(now) * (white_t - sigma(now) * moved * model(white_t, now))
-    return Step(mean, sigma(then) * moved.sqrt())
+    gamma_t, gamma_s = process.schedule.gamma(t), process.schedule.gamma(s)
+    moved = -torch.expm1(gamma_s - gamma_t)  # 1 - r
+    mean = alpha(gamma_s) / alpha(gamma_t) * (white_t - sigma(gamma_t) * moved * model(white_t, gamma_t))
+    return Step(mean, sigma(gamma_s) * moved.sqrt())
 
 
 def analytic(mmse: Callable[[Gamma], Batch] | None = None) -> Method:
@@ -103,43 +103,49 @@ def analytic(mmse: Callable[[Gamma], Batch] | None = None) -> Method:
     """
 
     def step(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
-        now, then = process.schedule.gamma(t), process.schedule.gamma(s)
+        gamma_t, gamma_s = process.schedule.gamma(t), process.schedule.gamma(s)
         plain, c = ancestral(model, process, white_t, t, s), process.prior.white_variance
-        unknown = c * torch.sigmoid(now - c.log()) if mmse is None else mmse(now)
-        return Step(plain.mean, (plain.std**2 + (alpha(then) * torch.expm1(then - now)) ** 2 * unknown).sqrt())
+        unknown = c * torch.sigmoid(gamma_t - c.log()) if mmse is None else mmse(gamma_t)
+        return Step(
+            plain.mean, (plain.std**2 + (alpha(gamma_s) * torch.expm1(gamma_s - gamma_t)) ** 2 * unknown).sqrt()
+        )
 
     return step
 
 
 def ddim(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
     """One step of DDIM: the exponential integrator of the probability-flow ODE."""
-    now, then = process.schedule.gamma(t), process.schedule.gamma(s)
-    x0 = from_eps(model(white_t, now), "x0", white_t, now)
-    return Step(_flow(x0, white_t, now, then), torch.zeros_like(then))
+    gamma_t, gamma_s = process.schedule.gamma(t), process.schedule.gamma(s)
+    x0 = from_eps(model(white_t, gamma_t), "x0", white_t, gamma_t)
+    return Step(_flow(x0, white_t, gamma_t, gamma_s), torch.zeros_like(gamma_s))
 
 
 def heun(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
     """One step of Heun's method on d(chi / alpha) = eps d(sigma / alpha); two model calls."""
-    now, then = process.schedule.gamma(t), process.schedule.gamma(s)
-    eps = model(white_t, now)
-    ahead = model(_flow(from_eps(eps, "x0", white_t, now), white_t, now, then), then)
-    x0 = from_eps((eps + ahead) / 2, "x0", white_t, now)
-    return Step(_flow(x0, white_t, now, then), torch.zeros_like(then), nfe=2)
+    gamma_t, gamma_s = process.schedule.gamma(t), process.schedule.gamma(s)
+    eps = model(white_t, gamma_t)
+    ahead = model(_flow(from_eps(eps, "x0", white_t, gamma_t), white_t, gamma_t, gamma_s), gamma_s)
+    x0 = from_eps((eps + ahead) / 2, "x0", white_t, gamma_t)
+    return Step(_flow(x0, white_t, gamma_t, gamma_s), torch.zeros_like(gamma_s), nfe=2)
 
 
-def multistep(gaussian: bool = True, order: int = 2) -> Method:
-    """DDIM of first and second order, in x0 or, `gaussian`, in the mean of a normal of the prior's white variance.
+def multistep(gaussian: bool = True, accuracy: int = 2) -> Method:
+    """DDIM of `accuracy` of first or second order, in x0 or, `gaussian`, in the mean of a normal of the white variance.
 
     The second order holds on to m + (h / 2 h_prev) (m - m_prev), with h = gamma_t - gamma_s of each component.
     """
 
-    def step(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor, last: Look | None = None) -> Step:
-        now, then = process.schedule.gamma(t), process.schedule.gamma(s)
+    def step(
+        model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor, last: Evaluation | None = None
+    ) -> Step:
+        gamma_t, gamma_s = process.schedule.gamma(t), process.schedule.gamma(s)
         c = process.prior.white_variance if gaussian else torch.zeros(())
-        seen = now, _mean(model(white_t, now), white_t, now, c)
-        m = seen[1] + ((now - then) / 2 * _slope(last, seen, now - then)).nan_to_num(0) if last else seen[1]
-        remember = partial(step, last=seen) if order > 1 else None
-        return Step(_flow(m, white_t, now, then, c), torch.zeros_like(then), then=remember)
+        m, reach = _mean(model(white_t, gamma_t), white_t, gamma_t, c), gamma_t - gamma_s
+        here = gamma_t, m
+        if last:
+            m = m + (reach / 2 * _slope(last, here, reach)).nan_to_num(0)
+        remember = partial(step, last=here) if accuracy > 1 else None
+        return Step(_flow(m, white_t, gamma_t, gamma_s, c), torch.zeros_like(gamma_s), next_method=remember)
 
     return step
 
@@ -150,22 +156,22 @@ def predictor_corrector(
     white_t: Batch,
     t: Tensor,
     s: Tensor,
-    seen: Sequence[Look] = (),
+    evaluations: Sequence[Evaluation] = (),
     start: Tensor | None = None,
 ) -> Step:
-    """`gaussian-pc`: first the last step anew, now that its end has been seen, then the next.
+    """`gaussian-pc`: first the last step anew, now that its end has been evaluated, then the next.
 
     Arguments:
         model, process, white_t, t, s: as for every method.
-        seen: earlier looks, latest first; three more than the present one are used.
+        evaluations: earlier ones of the model, latest first; three more than the present one are used.
         start: the state, corrected, from which the last step led here.
     """
-    now, then, c = process.schedule.gamma(t), process.schedule.gamma(s), process.prior.white_variance
-    seen = [(now, _mean(model(white_t, now), white_t, now, c)), *seen[:3]]
+    gamma_t, gamma_s, c = process.schedule.gamma(t), process.schedule.gamma(s), process.prior.white_variance
+    evaluations = [(gamma_t, _mean(model(white_t, gamma_t), white_t, gamma_t, c)), *evaluations[:3]]
     if start is not None:
-        white_t = _integrate(seen, start, seen[1][0], now, c)
-    remember = partial(predictor_corrector, seen=seen, start=white_t)
-    return Step(_integrate(seen, white_t, now, then, c), torch.zeros_like(then), then=remember)
+        white_t = _integrate(evaluations, start, evaluations[1][0], gamma_t, c)
+    remember = partial(predictor_corrector, evaluations=evaluations, start=white_t)
+    return Step(_integrate(evaluations, white_t, gamma_t, gamma_s, c), torch.zeros_like(gamma_s), next_method=remember)
 
 
 def _mean(eps: Tensor, white_t: Tensor, gamma: Tensor, c: Tensor) -> Tensor:
@@ -173,35 +179,38 @@ def _mean(eps: Tensor, white_t: Tensor, gamma: Tensor, c: Tensor) -> Tensor:
     return (white_t - v / sigma(gamma) * eps) / alpha(gamma)
 
 
-def _flow(m: Tensor, white_t: Tensor, now: Tensor, then: Tensor, c: Tensor | float = 0.0) -> Tensor:
-    v_now, v_then = (torch.sigmoid(-gamma) * c + torch.sigmoid(gamma) for gamma in (now, then))
-    shrink = (v_then / v_now).sqrt()
-    return shrink * white_t + (alpha(then) - shrink * alpha(now)) * m
+def _flow(m: Tensor, white_t: Tensor, gamma_t: Tensor, gamma_s: Tensor, c: Tensor | float = 0.0) -> Tensor:
+    v_t, v_s = (torch.sigmoid(-gamma) * c + torch.sigmoid(gamma) for gamma in (gamma_t, gamma_s))
+    shrink = (v_s / v_t).sqrt()
+    return shrink * white_t + (alpha(gamma_s) - shrink * alpha(gamma_t)) * m
 
 
-REACH = 5  # how far to extrapolate, in units of the distance between two looks
+REACH = 5  # how far to extrapolate, in units of the distance between two evaluations
 
 
-def _slope(old: Look, new: Look, reach: Tensor) -> Tensor:
-    """Of the mean, per unit of -gamma; nan where the component has not moved far enough between the looks to tell."""
+def _slope(old: Evaluation, new: Evaluation, reach: Tensor) -> Tensor:
+    """Of the mean, per unit of -gamma; nan where the component has not moved far enough between the two to tell."""
     gap = old[0] - new[0]
     return torch.where((gap > 1e-6) & (reach <= REACH * gap), (new[1] - old[1]) / gap, torch.nan)
 
 
-def _integrate(looks: Sequence[Look], white_t: Tensor, now: Tensor, then: Tensor, c: Tensor) -> Tensor:
-    """`_flow` with m a polynomial in gamma through the looks (Newton's form), integrated over alpha / sqrt(v)."""
-    nodes, weights = (x.to(now).view(-1, *[1] * now.ndim) for x in (NODES, WEIGHTS))
-    gamma = (now + then) / 2 + (now - then) / 2 * nodes
+def _integrate(
+    evaluations: Sequence[Evaluation], white_t: Tensor, gamma_t: Tensor, gamma_s: Tensor, c: Tensor
+) -> Tensor:
+    """`_flow` with m a polynomial in gamma through the evaluations (Newton's form), integrated over alpha / sqrt(v)."""
+    nodes, weights = (x.to(gamma_t).view(-1, *[1] * gamma_t.ndim) for x in (NODES, WEIGHTS))
+    gamma = (gamma_t + gamma_s) / 2 + (gamma_t - gamma_s) / 2 * nodes
     v = torch.sigmoid(-gamma) * c + torch.sigmoid(gamma)
-    weight = (now - then) / 4 * weights * alpha(gamma) * torch.sigmoid(gamma) / v**1.5
-    levels, terms = [level for level, _ in looks], [_slope(old, new, now - then) for new, old in pairwise(looks)]
+    weight = (gamma_t - gamma_s) / 4 * weights * alpha(gamma) * torch.sigmoid(gamma) / v**1.5
+    levels = [level for level, _ in evaluations]
+    terms = [_slope(old, new, gamma_t - gamma_s) for new, old in pairwise(evaluations)]
     more = torch.zeros_like(white_t)
-    for k in range(1, len(looks)):
+    for k in range(1, len(evaluations)):
         weight = weight * (levels[k - 1] - gamma)
         more = more + weight.sum(0) * terms[0].nan_to_num(0)
         terms = [(new - old) / (levels[i + k + 1] - levels[i]) for i, (new, old) in enumerate(pairwise(terms))]
-    v_then = torch.sigmoid(-then) * c + torch.sigmoid(then)
-    return _flow(looks[0][1], white_t, now, then, c) + v_then.sqrt() * more
+    v_s = torch.sigmoid(-gamma_s) * c + torch.sigmoid(gamma_s)
+    return _flow(evaluations[0][1], white_t, gamma_t, gamma_s, c) + v_s.sqrt() * more
 
 
 NODES, WEIGHTS = map(torch.from_numpy, np.polynomial.legendre.leggauss(16))
@@ -213,13 +222,13 @@ METHODS: dict[str, Method] = {
     "ddim": ddim,
     "heun": heun,
     "dpm++2m": multistep(gaussian=False),
-    "gaussian": multistep(order=1),
+    "gaussian": multistep(accuracy=1),
     "gaussian-2m": multistep(),
     "gaussian-pc": predictor_corrector,
 }
 
 
-def times(process: Process, steps: int) -> Float[Tensor, " steps+1"]:
+def time_grid(process: Process, steps: int) -> Float[Tensor, " {steps}+1"]:
     r"""Times from 1 to 0 for `steps` updates, spent where components move that are not decided yet.
 
     Each step gets an equal share of int [mean_i (gamma_i' sqrt(u_i))^4]^(1/4) dt, where u_i = 1 / (1 + c_i e^-gamma_i)
@@ -312,8 +321,8 @@ def sample(
         start: white noise to start from (n, c, h, w); drawn if not given.
         keep: how many intermediate states to return, evenly spread over the steps and including both ends.
         progress: show a bar.
-        grid: `uniform`, equal steps of t; `adapted`, those of `times`; or the times themselves, falling from 1 to 0,
-            which then settle the number of steps.
+        grid: `uniform`, equal steps of t; `adapted`, those of `time_grid`; or the times themselves, falling from 1 to
+            0, which then settle the number of steps.
         temperature: factor of the noise that steps add, not of the start.
 
     Raises:
@@ -337,8 +346,8 @@ def sample(
     x, nfe, t = start.double(), 0, t.to(device)
     kept = set(torch.linspace(0, steps, keep).round().long().tolist()) if keep else set()
     states = [x] if kept else []
-    walk = _walk(model, process, x, t, update, generator, temperature)
-    for i, reached in enumerate(tqdm(walk, total=steps, disable=not progress), 1):
+    states_on_the_way = _states(model, process, x, t, update, generator, temperature)
+    for i, reached in enumerate(tqdm(states_on_the_way, total=steps, disable=not progress), 1):
         x, nfe = reached
         if i in kept:
             states.append(x)
@@ -381,7 +390,7 @@ def inpaint(
     n = len(images)
     if tuple(path.schedule.batch) not in {(), (n,)}:
         raise ValueError(f"known and schedule must be for all {n} images or for each; got {tuple(known.shape)}")
-    return sample(model, path, n, steps, method, generator, _given(path, images, known, generator), **options)
+    return sample(model, path, n, steps, method, generator, _start(path, images, known, generator), **options)
 
 
 @torch.no_grad()
@@ -398,7 +407,7 @@ def extend(
     """Pictures that grow to the right, without end; time and memory of a column do not depend on how many there are.
 
     On a schedule of columns each one does what its left neighbour did, one lag later. A window moved on by one column
-    and its clock put back by one lag is in a state the process has had before: so an endless strip needs the network
+    and its time put back by one lag is in a state the process has had before: so an endless strip needs the network
     for one window only, which holds the last `context` finished columns, those that move, and some not yet touched.
 
     Arguments:
@@ -439,10 +448,10 @@ def extend(
     whole[..., :context] = images[..., -context:]
     known = (torch.arange(width) < context).expand(process.schedule.shape)
     path = process.along(held(process.schedule, known))
-    x, start, end = _given(path, whole, known, generator), 1 - context * lag, (width - context - stride) * lag
+    x, start, end = _start(path, whole, known, generator), 1 - context * lag, (width - context - stride) * lag
     while True:
-        times = torch.linspace(start, end, max(round((start - end) / lag * steps), 1) + 1, dtype=torch.float64)
-        x, _ = deque(_walk(model, path, x, times.to(x.device), update, generator), maxlen=1).pop()
+        t = torch.linspace(start, end, max(round((start - end) / lag * steps), 1) + 1, dtype=torch.float64)
+        x, _ = deque(_states(model, path, x, t.to(x.device), update, generator), maxlen=1).pop()
         yield process.data(x)[..., context : context + stride].float()
         fresh = torch.randn(x[..., :stride].shape, generator=generator, dtype=x.dtype, device=x.device)
         x, start = torch.cat([x[..., stride:], fresh], dim=-1), (width - context) * lag
@@ -468,12 +477,12 @@ def push(
     update, t = _method(method), _grid(process, steps, grid)
     units = torch.eye(len(start), dtype=torch.float64)
     images = units.view(-1, *process.schedule.shape)
-    if update(model, process, images, t[0], t[1]).then:
+    if update(model, process, images, t[0], t[1]).next_method:
         whole = sample(model, process, len(units), steps, method, start=images, grid=grid).white.flatten(1).T
         return whole @ start @ whole.T, whole
 
-    def linear(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
-        step = update(model, process, images, now, then)
+    def linear(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        step = update(model, process, images, t, s)
         return step.mean.flatten(1).T, step.std.flatten()[: len(units)]
 
     covariance, whole = start, units
@@ -482,7 +491,7 @@ def push(
     return covariance, whole
 
 
-def _walk(
+def _states(
     model: Model,
     process: Process,
     x: Batch,
@@ -492,15 +501,15 @@ def _walk(
     temperature: float = 1.0,
 ) -> Iterator[tuple[Batch, int]]:
     nfe = 0
-    for now, then in pairwise(t):
-        step = update(model, process, x, now, then)
-        x, nfe, update = step.mean, nfe + step.nfe, step.then or update
+    for here, there in pairwise(t):
+        step = update(model, process, x, here, there)
+        x, nfe, update = step.mean, nfe + step.nfe, step.next_method or update
         if bool(step.std.any()):
             x = x + temperature * step.std * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         yield x, nfe
 
 
-def _given(process: Process, images: Batch, known: Tensor, generator: torch.Generator | None) -> Batch:
+def _start(process: Process, images: Batch, known: Tensor, generator: torch.Generator | None) -> Batch:
     """Noise, and in the known components the images as they are at t = 0."""
     white = process.white(images.double())
     eps = torch.randn(white.shape, generator=generator, dtype=white.dtype, device=white.device)
@@ -524,4 +533,4 @@ def _grid(process: Process, steps: int, grid: str | Tensor) -> Tensor:
         raise ValueError(f"grid must be uniform, adapted or times; got {grid!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
-    return times(process, steps) if grid == "adapted" else torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return time_grid(process, steps) if grid == "adapted" else torch.linspace(1, 0, steps + 1, dtype=torch.float64)

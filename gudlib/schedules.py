@@ -12,14 +12,17 @@ is, generated later. Column schedules therefore generate from left to right when
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
-Time = Float[Tensor, "*t"]
+Time = float | Real[Tensor, "..."]
+Levels = Float[Tensor, "... c h w"]  # the axes of t, broadcast against those of the schedule itself, then components
 PerComponent = Float[Tensor, "c h w"]
-Share = float | Float[Tensor, " batch"]
+Order = Real[Tensor, "c h w"]
+PerImage = float | Float[Tensor, "..."]  # one number, or one for each image of a batch
 Shape = tuple[int, int, int]
 
 
@@ -50,7 +53,7 @@ class Schedule:
         ValueError: if gamma is not finite at t = 0 or t = 1, falls between them, or does not fit the shape.
 
     >>> s = linear((1, 2, 2), -7.0, 5.0)
-    >>> s.gamma(torch.tensor([0.0, 1.0])).shape, s.rate(torch.tensor(0.5))[0, 0, 0].item()
+    >>> s.gamma(torch.tensor([0.0, 1.0])).shape, s.dgamma_dt(0.5)[0, 0, 0].item()
     (torch.Size([2, 1, 2, 2]), 12.0)
     """
 
@@ -74,36 +77,39 @@ class Schedule:
             raise ValueError(misfit)
         self.batch = whole[:-3]
 
-    def gamma(self, t: Time) -> Float[Tensor, "*t c h w"]:
+    def gamma(self, t: Time) -> Levels:
         """gamma_i(t), always of shape t.shape + shape (t broadcast against the schedule's own batch, if it has one)."""
+        t = _as_time(t)
         value = self._gamma(t[..., None, None, None])
         return value.expand(torch.broadcast_shapes(t.shape, self.batch) + self.shape)
 
-    def rate(self, t: Time) -> Float[Tensor, "*t c h w"]:
-        """d gamma_i / dt. At a cap it is the full slope, not half of it: a component is active on a closed interval."""
+    def dgamma_dt(self, t: Time) -> Levels:
+        """d gamma_i / dt. At a kink it is the full slope, not half of it: components move on closed intervals."""
+        t = _as_time(t).contiguous()
         return torch.func.jvp(self.gamma, (t,), (torch.ones_like(t),))[1]
 
-    def beta(self, t: Time) -> Float[Tensor, "*t c h w"]:
-        """beta_i(t) = sigma_i^2 gamma_i', the rate of the Ornstein-Uhlenbeck process, per unit of t."""
-        return torch.sigmoid(self.gamma(t)) * self.rate(t)
+    def beta(self, t: Time) -> Levels:
+        """beta_i(t) = sigma_i^2 d gamma_i / dt, the rate of the Ornstein-Uhlenbeck process, per unit of t."""
+        return torch.sigmoid(self.gamma(t)) * self.dgamma_dt(t)
 
-    def alpha(self, t: Time) -> Float[Tensor, "*t c h w"]:
+    def alpha(self, t: Time) -> Levels:
         """Signal amplitude alpha_i(t)."""
         return alpha(self.gamma(t))
 
-    def sigma(self, t: Time) -> Float[Tensor, "*t c h w"]:
+    def sigma(self, t: Time) -> Levels:
         """Noise amplitude sigma_i(t)."""
         return sigma(self.gamma(t))
 
-    def snr(self, t: Time, white_variance: PerComponent) -> Float[Tensor, "*t c h w"]:
+    def snr(self, t: Time, white_variance: PerComponent) -> Levels:
         """SNR_i(t) = Var(chi_i(0)) exp(-gamma_i(t)), a ratio of variances."""
-        return white_variance.to(t) * (-self.gamma(t)).exp()
+        gamma = self.gamma(t)
+        return white_variance.to(gamma) * (-gamma).exp()
 
 
-def linear(shape: Shape, low: float = -7.0, high: float = 5.0) -> Schedule:
-    """One straight line for all components: gamma(t) = low + (high - low) t."""
-    _rising(low, high)
-    return Schedule(lambda t: low + (high - low) * t, shape)
+def linear(shape: Shape, gamma_min: float = -7.0, gamma_max: float = 5.0) -> Schedule:
+    """One straight line for all components: gamma(t) = gamma_min + (gamma_max - gamma_min) t."""
+    _rising(gamma_min=gamma_min, gamma_max=gamma_max)
+    return Schedule(lambda t: gamma_min + (gamma_max - gamma_min) * t, shape)
 
 
 def vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5) -> Schedule:
@@ -117,8 +123,7 @@ def vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float
     """
     if not 0 < t_min < 1:
         raise ValueError(f"t_min must lie between 0 and 1; got {t_min}")
-    _rising(0, beta_min, "beta_min")
-    _rising(beta_min, beta_max, "beta_max")
+    _rising(zero=0, beta_min=beta_min, beta_max=beta_max)
 
     def gamma(t: Tensor) -> Tensor:
         t = t.clamp(min=t_min)
@@ -128,24 +133,24 @@ def vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float
     return Schedule(gamma, shape, [t_min])
 
 
-def cosine(shape: Shape, low: float = -10.0, high: float = 10.0, offset: float = 0.008) -> Schedule:
+def cosine(shape: Shape, gamma_min: float = -10.0, gamma_max: float = 10.0, offset: float = 0.008) -> Schedule:
     """The cosine schedule of improved DDPM, alpha^2 = f(t) / f(0), f = cos^2(pi/2 (t + offset) / (1 + offset)).
 
-    It diverges at both ends, so time is confined to where low <= gamma <= high. The published discretisation spans
-    -10.1 to 12.9 with a last step at 19.8; small networks do not survive ends that far out, whose first step
+    It diverges at both ends, so time is confined to where gamma_min <= gamma <= gamma_max. The published discretisation
+    spans -10.1 to 12.9 with a last step at 19.8; small networks do not survive ends that far out, whose first step
     multiplies their errors by hundreds.
 
     References:
         Improved Denoising Diffusion Probabilistic Models, A. Nichol, P. Dhariwal, 2021,
         https://arxiv.org/abs/2102.09672, section 3.2
     """
-    _rising(low, high)
+    _rising(gamma_min=gamma_min, gamma_max=gamma_max)
     f0 = math.cos(math.pi / 2 * offset / (1 + offset)) ** 2
 
     def time(gamma: float) -> float:
         return 2 / math.pi * (1 + offset) * math.acos(math.sqrt(f0 / (1 + math.exp(gamma)))) - offset
 
-    first, last = time(low), time(high)
+    first, last = time(gamma_min), time(gamma_max)
 
     def gamma(t: Tensor) -> Tensor:
         angle = math.pi / 2 * (t.clamp(first, last) + offset) / (1 + offset)
@@ -156,104 +161,116 @@ def cosine(shape: Shape, low: float = -10.0, high: float = 10.0, offset: float =
 
 
 def soft_conditioning(
-    order: PerComponent,
-    a: float | Float[Tensor, " batch"] = 1.0,
+    order: Order,
+    a: PerImage = 1.0,
     log_variance: PerComponent | float = 0.0,
-    denoise: float | Float[Tensor, " batch"] = -7.0,
-    noise: float = 5.0,
-    caps: tuple[float, float] | None = None,
+    gamma_min_target: PerImage = -7.0,
+    gamma_max_target: float = 5.0,
+    gamma_min: float = -math.inf,
+    gamma_max: float = math.inf,
 ) -> Schedule:
     r"""The paper's soft-conditioning schedule: one slope for all, offsets along an ordering `l`.
 
-        gamma_i(t) = denoise + log Var_i + a (l_i - l_max) + t [noise - denoise + a (l_max - l_min)]
+        gamma_i(t) = g_min + log Var_i + a (l_i - l_max) + t [g_max - g_min + a (l_max - l_min)]
 
-    so that `-log SNR_i` of the highest component starts at `denoise` and that of the lowest ends at `noise`. With
-    `l_i = -log Sigma_i`, a = 0 gives all components one SNR, a = 1 is standard diffusion, a > 1 is more hierarchical,
-    up to one component after another. a < 0 reverses the ordering: the extremes are those of a l.
+    with g_min, g_max the two targets, so that `-log SNR_i` of the highest component starts at g_min and that of the
+    lowest ends at g_max. With `l_i = -log Sigma_i`, a = 0 gives all components one SNR, a = 1 is standard diffusion,
+    a > 1 is more hierarchical, up to one component after another. a < 0 reverses the ordering: the extremes are those
+    of a l.
 
     Arguments:
         order: l_i, (c, h, w); higher = noised earlier, generated later.
-        a: inverse softness; a tensor holds one for each image of a batch, and so may `denoise` then.
+        a: inverse softness; a tensor holds one for each image of a batch, and so may `gamma_min_target` then.
         log_variance: log Var(chi_i(0)) of the white data, (c, h, w); 0 if the prior whitens (`Prior.log_variance`).
-        denoise, noise: the values of -log SNR at which the last component starts and the first one ends.
-        caps: (lowest, highest) gamma; outside them a component waits or is done.
+        gamma_min_target: -log SNR at which the last component starts.
+        gamma_max_target: -log SNR at which the first one ends.
+        gamma_min, gamma_max: lowest and highest gamma; outside them a component waits or is done.
 
     Raises:
-        ValueError: if denoise >= noise, or caps do not rise.
+        ValueError: if the targets, or gamma_min and gamma_max, do not rise.
     """
-    _rising(float(torch.as_tensor(denoise).max()), noise, "noise")
-    if caps is not None:
-        _rising(*caps)
+    _rising(gamma_min_target=float(torch.as_tensor(gamma_min_target).max()), gamma_max_target=gamma_max_target)
+    _rising(gamma_min=gamma_min, gamma_max=gamma_max)
 
     def free(t: Tensor) -> Tensor:
-        each, start = (x.to(t)[..., None, None, None] if isinstance(x, Tensor) else x for x in (a, denoise))
+        each, start = (x.to(t)[..., None, None, None] if isinstance(x, Tensor) else x for x in (a, gamma_min_target))
         steep = each * order.to(t)  # a l_i
         low, high = steep.amin((-3, -2, -1), keepdim=True), steep.amax((-3, -2, -1), keepdim=True)
         shift = log_variance.to(t) if isinstance(log_variance, Tensor) else log_variance
-        return start + shift + steep - high + t * (noise - start + high - low)
+        return start + shift + steep - high + t * (gamma_max_target - start + high - low)
 
-    shape = (order.shape[0], order.shape[1], order.shape[2])
-    if caps is None:
-        return Schedule(free, shape)
     first, last = (free(torch.full((1, 1, 1), t, dtype=torch.float64)) for t in (0.0, 1.0))
-    kinks = torch.stack([(cap - first) / (last - first) for cap in caps])
-    return Schedule(lambda t: free(t).clamp(*caps), shape, kinks)
+    kinks = torch.stack([(end - first) / (last - first) for end in (gamma_min, gamma_max)])
+    return Schedule(lambda t: free(t).clamp(gamma_min, gamma_max), _shape(order), kinks)
 
 
 def sequential(
-    order: PerComponent | Sequence[PerComponent],
-    b: Share | Sequence[Share],
-    low: float | PerComponent = -7.0,
-    high: float | PerComponent = 5.0,
+    order: Order | Sequence[Order],
+    b: PerImage | Sequence[PerImage],
+    gamma_min: float | PerComponent = -7.0,
+    gamma_max: float | PerComponent = 5.0,
 ) -> Schedule:
     r"""Components wait, rise with one slope, and stop: columns, rows, patches or any other grouping one after another.
 
-    `b` is the share of the unit time in which each component is active. With the order rescaled to [0, 1],
+    `b` is the share of the unit time in which each component moves. With the order rescaled to [0, 1],
 
-        start_i = (1 - b) (1 - order_i),    gamma_i(t) = clip(low + (high - low) (t - start_i) / b, low, high)
+        start_i = (1 - b) (1 - order_i),
+        gamma_i(t) = clip(gamma_min + (gamma_max - gamma_min) (t - start_i) / b, gamma_min, gamma_max)
 
     b = 1 moves all together (standard diffusion); for K equidistant groups b = 1/K is one group after another without
     gap or overlap (autoregression), and b = w / (K - 1 + w) keeps w groups moving at once.
 
-    Several orderings nest: within the share of time that the first gives a component, the second decides, and so on:
-    `sequential([level, column], [0.4, 0.3])` runs columns inside wavelet levels.
+    Several orderings nest: within the share of time that the first gives a component, the second, rescaled among the
+    components that have it in common, decides, and so on: `sequential([level, column], [0.4, 0.3])` runs columns inside
+    wavelet levels. Components among which it tells no difference take all of the share.
 
     The paper (section 5.2) uses column schedules of softness 0.3 and 0.5; we don't know its formula, this one is ours.
 
     Arguments:
         order: (c, h, w), or several of one shape; higher = noised earlier, generated later.
-        b: softness in [1/K, 1] for each ordering, K its number of distinct values; a tensor holds one for each image
-            of a batch.
-        low, high: gamma before and after, for all components or for each.
+        b: softness for each ordering, at most 1. Something moves at any time if it is at least g / (1 + g), g the
+            largest gap between neighbours in the rescaled order (1/K for K equidistant groups); a tensor holds one for
+            each image of a batch.
+        gamma_min, gamma_max: gamma before and after, for all components or for each.
 
     Raises:
-        ValueError: if b is out of range (below 1/K nothing would move for part of the time), the numbers of orders and
-            of b differ, or low >= high.
+        ValueError: if b is not in (0, 1] or nothing would move for part of the time, the numbers of orders and of b
+            differ, or gamma_min >= gamma_max.
     """
     orders = [order] if isinstance(order, Tensor) else list(order)
     shares = [b] if isinstance(b, int | float | Tensor) else list(b)
-    low, high = (torch.as_tensor(x, dtype=torch.float64) for x in (low, high))
+    low, high = (torch.as_tensor(x, dtype=torch.float64) for x in (gamma_min, gamma_max))
     if not bool((low < high).all()):
-        raise ValueError(f"low must be below high everywhere; got {low.max().item():g} and {high.min().item():g}")
+        ends = f"{low.max().item():g} and {high.min().item():g}"
+        raise ValueError(f"gamma_min must be below gamma_max everywhere; got {ends}")
     if not orders or len(orders) != len(shares):
         raise ValueError(f"b must hold one softness for each ordering; got {len(shares)} for {len(orders)}")
     start, duration = torch.zeros_like(orders[0], dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    group, least = torch.zeros_like(start, dtype=torch.long), []  # group: what all orderings so far put at one place
     for values, each in zip(orders, shares, strict=True):
-        share = torch.as_tensor(each, dtype=torch.float64)[..., None, None, None]
-        groups = values.unique().numel()
-        if bool((share < 1 / groups - 1e-12).any() or (share > 1).any()):
-            raise ValueError(f"b must lie between 1/{groups} (one of {groups} groups after another) and 1; got {each}")
-        span = (values.max() - values.min()).double()
-        rank = (values - values.min()).double() / (span if span > 0 else 1)
+        share = torch.as_tensor(each, dtype=torch.float64, device=values.device)[..., None, None, None]
+        if not bool(((share > 0) & (share <= 1)).all()):
+            raise ValueError(f"b must be above 0 and at most 1; got {each}")
+        rank, alone, group, gap = _ranked(values.double(), group)
+        least.append(f"{gap / (1 + gap) + 4e-7:.6g}")  # rounded up
+        share = torch.where(alone, 1.0, share)
         start = start + duration * (1 - share) * (1 - rank)
         duration = duration * share
+    one_each = torch.zeros(int(group.max()) + 1, dtype=torch.long)
+    one_each[group.flatten()] = torch.arange(group.numel())
+    starts, first = start.flatten(-3)[..., one_each].sort()
+    ends = (start + duration).flatten(-3)[..., one_each].gather(-1, first).cummax(-1).values
+    idle = (starts[..., 1:] - ends[..., :-1]).clamp(min=0).sum(-1).max()
+    if idle > 1e-9:
+        bounds = ", ".join(least)
+        raise ValueError(f"b must be at least {bounds}, or nothing moves for {idle:.1%} of the time; got {b}")
 
     def gamma(t: Tensor) -> Tensor:
         first, last, begun, lasting = (x.to(t) for x in (low, high, start, duration))
         return first + (last - first) * ((t - begun) / lasting).clamp(0, 1)
 
     kinks = torch.stack([start, start + duration]) if start.ndim == 3 else ()
-    return Schedule(gamma, (start.shape[-3], start.shape[-2], start.shape[-1]), kinks)
+    return Schedule(gamma, _shape(orders[0]), kinks)
 
 
 def held(schedule: Schedule, known: Bool[Tensor, "*batch c h w"]) -> Schedule:
@@ -278,7 +295,7 @@ def held(schedule: Schedule, known: Bool[Tensor, "*batch c h w"]) -> Schedule:
     return Schedule(gamma, schedule.shape, schedule.kinks)
 
 
-def patches(shape: Shape, size: int) -> PerComponent:
+def patch_order(shape: Shape, size: int) -> PerComponent:
     """An ordering (c, h, w) by square patches in raster order, 0 = top left, for `sequential`.
 
     Raises:
@@ -301,6 +318,34 @@ def rescaled(schedule: Schedule, scale: PerComponent) -> Schedule:
     return Schedule(lambda t: gamma(t[..., 0, 0, 0]) + 2 * scale.log().to(t), schedule.shape, schedule.kinks)
 
 
-def _rising(low: float, high: float, name: str = "high") -> None:
-    if not low < high:
-        raise ValueError(f"{name} must be above {low}; got {high}")
+def _rising(**values: float) -> None:
+    for (name, low), (other, high) in pairwise(values.items()):
+        if not low < high:
+            raise ValueError(f"{other} must be above {name}, {low}; got {high}")
+
+
+def _shape(order: Order) -> Shape:
+    c, h, w = order.shape
+    return c, h, w
+
+
+def _as_time(t: Time) -> Tensor:
+    """Times as a floating-point tensor, float64 if they had no such type."""
+    if isinstance(t, Tensor) and t.is_floating_point():
+        return t
+    return torch.as_tensor(t, dtype=torch.float64)
+
+
+def _ranked(
+    values: PerComponent, group: Int[Tensor, "c h w"]
+) -> tuple[PerComponent, Bool[Tensor, "c h w"], Int[Tensor, "c h w"], float]:
+    """Values rescaled to [0, 1] within each group; whether all are equal there; finer groups; the largest gap."""
+    pairs, finer = torch.stack([group.double(), values]).flatten(1).unique(dim=1, return_inverse=True)
+    coarse, finer = pairs[0].long(), finer.view(values.shape)
+    low, high = (
+        pairs.new_zeros(int(coarse.max()) + 1).scatter_reduce(0, coarse, pairs[1], extreme, include_self=False)[coarse]
+        for extreme in ("amin", "amax")
+    )
+    within = (pairs[1] - low) / torch.where(high > low, high - low, 1)  # pairs are sorted: by group, then by value
+    gaps = torch.where(coarse.diff() == 0, within.diff(), 0)
+    return within[finer], (low == high)[finer], finer, float(gaps.max()) if len(gaps) else 0.0

@@ -1,11 +1,11 @@
 r"""Training: denoising regression along a family of schedules (Gerdes, Welling and Cheng 2024, section 5.1).
 
-For images, times t and softnesses a drawn at random, with gamma = gamma_a(t) the vector of all noise levels,
+For images, times t and schedules drawn at random (`gudlib.families`), with gamma = gamma(t) the vector of noise levels,
 
     loss = E sum_i w_i (eps_i - eps_hat_i(chi_t, gamma))^2 / D,
 
-where w = 1 is the plain loss and w_i = gamma_i' / mean(gamma') the likelihood's (its integral bounds -log p). One
-network trained over a range of `a` can be sampled along any schedule of the range.
+where w = 1 is the plain loss and w_i = gamma_i' / mean(gamma') the likelihood's (its integral bounds -log p), with
+gamma' = d gamma / dt. One network trained over a family can be sampled along any schedule of it.
 
 Every random number of step n comes from (seed, n) alone, so a run that is stopped and resumed is, on a CPU, bit for bit
 the run that was not.
@@ -15,7 +15,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,23 +26,24 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from gudlib.data import dequantise
-from gudlib.denoiser import Denoiser, describe, read_tensors, write_tensors
+from gudlib.denoiser import Denoiser, describe
+from gudlib.families import Draw, stratified_times
+from gudlib.files import read_tensors, write_tensors
 from gudlib.networks import UNet
 from gudlib.process import Batch, Model, diffuse
-from gudlib.schedules import Schedule
+from gudlib.schedules import Schedule, Time
 
-Family = Callable[[Tensor], Schedule]
 WEIGHTINGS = ("plain", "likelihood")
 
 
 @dataclass(frozen=True)
-class LoopSettings:
+class TrainingConfig:
     """How to train, whatever the loss.
 
     Attributes:
         steps: optimiser steps in all.
         batch: images a step, over all processes.
-        rate: peak learning rate of AdamW; it warms up over `warmup` steps and falls to zero along a cosine.
+        lr: peak learning rate of AdamW; it warms up over `warmup` steps and falls to zero along a cosine.
         warmup: steps.
         ema: decay of the averaged weights, reached gradually as min(ema, (1 + n) / (10 + n)).
         clip: largest gradient norm.
@@ -53,7 +54,7 @@ class LoopSettings:
 
     steps: int = 1000
     batch: int = 64
-    rate: float = 2e-3
+    lr: float = 2e-3
     warmup: int = 100
     ema: float = 0.999
     clip: float = 1.0
@@ -65,26 +66,10 @@ class LoopSettings:
         for name in ("steps", "batch", "warmup", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not (self.rate > 0 and 0 <= self.ema < 1):
-            raise ValueError(f"rate must be positive and ema in [0, 1); got {self.rate} and {self.ema}")
+        if not (self.lr > 0 and 0 <= self.ema < 1):
+            raise ValueError(f"lr must be positive and ema in [0, 1); got {self.lr} and {self.ema}")
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}; got {self.weighting!r}")
-
-
-@dataclass(frozen=True)
-class Settings(LoopSettings):
-    """How to train along a family of schedules.
-
-    Attributes:
-        softness: range (lowest, highest) of the inverse softness `a`, drawn uniformly for each image.
-    """
-
-    softness: tuple[float, float] = (0.4, 1.6)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.softness, tuple | list) or self.softness[0] > self.softness[1]:
-            raise ValueError(f"softness must be (lowest, highest); got {self.softness}")
 
 
 @dataclass(frozen=True)
@@ -95,25 +80,15 @@ class Record:
         step: number of steps done, from 1.
         loss: weighted mean square error of the noise; 1 = predicts nothing.
         by_group: unweighted mean square error in each of the U-Net's component groups, (g,), or of each component.
-        rate: learning rate.
-        seconds: wall-clock time of this step.
+        lr: learning rate.
+        seconds: that this step took.
     """
 
     step: int
     loss: float
     by_group: Float[Tensor, " g"] = field(repr=False)
-    rate: float
+    lr: float
     seconds: float
-
-
-def times(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
-    """`n` uniform times in [0, 1) of low discrepancy: one random shift of a regular grid.
-
-    References:
-        Variational Diffusion Models, D. P. Kingma et al., 2021, https://arxiv.org/abs/2107.00630, appendix I
-    """
-    shift = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
-    return (shift + torch.arange(n, dtype=torch.float64, device=generator.device) / n) % 1
 
 
 @torch.no_grad()
@@ -131,7 +106,7 @@ def evaluate(
     """
     total = torch.zeros_like(white[0])
     shuffled = torch.randperm(len(white), generator=generator, device=generator.device)
-    for part, t in zip(white[shuffled].split(chunk), times(len(white), generator).split(chunk), strict=True):
+    for part, t in zip(white[shuffled].split(chunk), stratified_times(len(white), generator).split(chunk), strict=True):
         eps = torch.randn(part.shape, generator=generator, device=generator.device, dtype=part.dtype)
         gamma = schedule.gamma(t).to(part)
         total += (eps - model(diffuse(part, gamma, eps), gamma)).square().sum(0)
@@ -145,11 +120,11 @@ class Loop(ABC):
         denoiser: its network is trained in place.
         images: the training data (n, c, h, w), uint8.
         shape: that an image must have, (c, h, w).
-        settings: how to train.
+        config: how to train.
         checkpoint: file to write to every `save_every` steps and at the end, and to resume from if it is there.
 
     Raises:
-        ValueError: if the checkpoint at that place was trained with other settings, network or data shape.
+        ValueError: if the checkpoint at that place was trained with another configuration, network or shape.
     """
 
     def __init__(
@@ -157,7 +132,7 @@ class Loop(ABC):
         denoiser: Denoiser,
         images: UInt8[Tensor, "n c h w"],
         shape: tuple[int, ...],
-        settings: LoopSettings,
+        config: TrainingConfig,
         checkpoint: str | Path | None,
     ) -> None:
         from accelerate import Accelerator
@@ -167,7 +142,7 @@ class Loop(ABC):
                 f"images must be uint8 of shape (n, {', '.join(map(str, shape))}); "
                 f"got {images.dtype} of shape {tuple(images.shape)}"
             )
-        self.settings, self.checkpoint = settings, checkpoint
+        self.config, self.checkpoint = config, checkpoint
         self.accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
         denoiser.to(self.accelerator.device)
         self.images = images.to(self.accelerator.device)
@@ -181,13 +156,13 @@ class Loop(ABC):
             self.restore(checkpoint)
 
     def run(self) -> Iterator[Record]:
-        """Train to `settings.steps`, yielding a record after each step; stop iterating at any time."""
-        while self.step < self.settings.steps:
+        """Train to `config.steps`, yielding a record after each step; stop iterating at any time."""
+        while self.step < self.config.steps:
             start = time.perf_counter()
-            loss, by_group, rate = self._advance()
-            if self.checkpoint and (self.step % self.settings.save_every == 0 or self.step == self.settings.steps):
+            loss, by_group, lr = self._advance()
+            if self.checkpoint and (self.step % self.config.save_every == 0 or self.step == self.config.steps):
                 self.save(self.checkpoint)
-            yield Record(self.step, loss, by_group, rate, time.perf_counter() - start)
+            yield Record(self.step, loss, by_group, lr, time.perf_counter() - start)
 
     @abstractmethod
     def loss(self, index: int) -> tuple[Tensor, Tensor]:
@@ -195,14 +170,14 @@ class Loop(ABC):
 
     def stream(self, index: int) -> torch.Generator:
         """The randomness of step `index`: a stream of its own for every step leaves nothing to store for a resume."""
-        return torch.Generator(self.accelerator.device).manual_seed(self.settings.seed * 1_000_003 + index)
+        return torch.Generator(self.accelerator.device).manual_seed(self.config.seed * 1_000_003 + index)
 
-    def weighted(self, error: Tensor, schedule: Schedule, t: Float[Tensor, " b"]) -> Tensor:
-        """The mean of the errors (b, c, h, w) at times `t`, weighted as the settings say."""
-        if self.settings.weighting == "plain":
+    def weighted(self, error: Batch, schedule: Schedule, t: Time, part: slice = slice(None)) -> Tensor:
+        """The mean of the errors at a `part` of the times `t`, weighted as the configuration says."""
+        if self.config.weighting == "plain":
             return error.mean()
-        rate = schedule.rate(t).float()
-        return (rate * error).mean() / rate.mean()
+        weight = schedule.dgamma_dt(t)[part].float()
+        return (weight * error).mean() / weight.mean()
 
     def save(self, path: str | Path) -> None:
         """Write the whole state to one file, atomically."""
@@ -218,7 +193,7 @@ class Loop(ABC):
         """Continue from a file written by `save`.
 
         Raises:
-            ValueError: if it was written under other settings, or for another network or shape.
+            ValueError: if it was written for another configuration, family, network or shape.
         """
         tensors, header = read_tensors(path)
         mine = json.loads(json.dumps(self._header()))
@@ -243,10 +218,10 @@ class Loop(ABC):
         self.step = header["step"]
 
     def _advance(self) -> tuple[float, Tensor, float]:
-        s = self.settings
-        rate = s.rate * min(1, (self.step + 1) / s.warmup) * 0.5 * (1 + math.cos(math.pi * self.step / s.steps))
+        s = self.config
+        lr = s.lr * min(1, (self.step + 1) / s.warmup) * 0.5 * (1 + math.cos(math.pi * self.step / s.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         loss, error = self.loss(self.step)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
@@ -257,15 +232,15 @@ class Loop(ABC):
         by_group = error.detach().mean(0).flatten()
         if isinstance(self.plain, UNet):
             by_group = by_group @ self.plain.levels.pool
-        return loss.item(), by_group.cpu(), rate
+        return loss.item(), by_group.cpu(), lr
 
     def _average(self, averages: Sequence[Tensor], weights: Sequence[Tensor], n: Tensor | int) -> None:
-        decay = min(self.settings.ema, (1 + int(n)) / (10 + int(n)))
+        decay = min(self.config.ema, (1 + int(n)) / (10 + int(n)))
         for average, weight in zip(averages, weights, strict=True):
             average.lerp_(weight, 1 - decay)
 
     def _header(self) -> dict[str, Any]:
-        return {"settings": asdict(self.settings), "images": list(self.images.shape), **self._described}
+        return {"config": asdict(self.config), "images": list(self.images.shape), **self._described}
 
 
 class Trainer(Loop):
@@ -274,44 +249,41 @@ class Trainer(Loop):
     Arguments:
         denoiser: to be trained in place.
         images: the training data (n, c, h, w), uint8, dequantised with uniform noise at every use.
-        family: the schedule for a tensor of softnesses, one for each image of a batch.
-        settings: how to train.
+        draw: `(n, generator) -> Schedule`, a schedule for each image of a batch, as in `gudlib.families`.
+        config: how to train.
         checkpoint: file to write to every `save_every` steps and at the end, and to resume from if it is there.
 
     Raises:
-        ValueError: if the checkpoint at that place was trained with other settings, network or data shape.
+        ValueError: if the checkpoint at that place was trained with another configuration, family, network or shape.
     """
-
-    settings: Settings
 
     def __init__(
         self,
         denoiser: Denoiser,
         images: UInt8[Tensor, "n c h w"],
-        family: Family,
-        settings: Settings,
+        draw: Draw,
+        config: TrainingConfig,
         checkpoint: str | Path | None = None,
     ) -> None:
-        self.family = family
-        super().__init__(denoiser, images, denoiser.basis.shape, settings, checkpoint)
+        self.draw = draw
+        super().__init__(denoiser, images, denoiser.basis.shape, config, checkpoint)
 
     def loss(self, index: int) -> tuple[Tensor, Tensor]:
         """Weighted loss, and squared noise errors (b, c, h, w), on the batch that belongs to step `index`."""
-        s, device = self.settings, self.accelerator.device
-        generator = self.stream(index)
-        which = torch.randint(len(self.images), (s.batch,), generator=generator, device=device)
-        t, a = times(s.batch, generator), times(s.batch, generator)
-        a = a[torch.randperm(s.batch, generator=generator, device=device)]
+        n, device, generator = self.config.batch, self.accelerator.device, self.stream(index)
+        which = torch.randint(len(self.images), (n,), generator=generator, device=device)
+        t, schedule = stratified_times(n, generator), self.draw(n, generator)
         data = dequantise(self.images[which], generator)
         eps = torch.randn(data.shape, generator=generator, device=device)
 
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        low, high = s.softness
-        schedule = self.family(low + (high - low) * a[mine])
-        gamma, eps = schedule.gamma(t[mine]).float(), eps[mine]
+        gamma, eps = schedule.gamma(t)[mine].float(), eps[mine]
         white = self.denoiser.prior.whiten(self.denoiser.basis(data[mine]))
         error = (eps - self.denoiser(diffuse(white, gamma, eps), gamma)).square()
-        return self.weighted(error, schedule, t[mine]), error
+        return self.weighted(error, schedule, t, mine), error
+
+    def _header(self) -> dict[str, Any]:
+        return super()._header() | {"family": getattr(self.draw, "spec", None)}
 
     def averaged(self) -> Denoiser:
         """A denoiser with the averaged weights, sharing basis and prior; for sampling."""

@@ -12,8 +12,9 @@ for chi has alpha_i^2 + sigma_i^2 = 1, and a known factor takes transitions and 
 other. The *verdict* says how far a model is covered: `exact`; `exact after rescaling`, by this factor; `limit` of our
 schedules; `approximate`; `not an instance`.
 
-Losses are compared as int_0^1 dt sum_i w_i E(eps_i - eps_hat_i)^2, where w may depend on gamma_i and its rate; w / rate
-is the weight of a unit of gamma, which does not care how time is labelled. The likelihood bound has w = rate / 2.
+Losses are compared as int_0^1 dt sum_i w_i E(eps_i - eps_hat_i)^2, where w may depend on gamma_i and on its derivative
+gamma_i'; w / gamma_i' is the weight of a unit of gamma, which does not care how time is labelled. The likelihood bound
+has w = gamma_i' / 2.
 
 Every function below takes a component shape (or labels and variances of that shape, (c, h, w)), with the published
 settings as defaults, and raises ValueError for settings that make no such process.
@@ -50,18 +51,18 @@ def rescale(a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> Rescaled:
 
 @dataclass(frozen=True)
 class Weighting:
-    """What multiplies (eps - eps_hat)^2 for each unit of t: its formula, and a function of gamma and its rate."""
+    """What multiplies (eps - eps_hat)^2 for each unit of t: its formula, and a function of gamma and d gamma / dt."""
 
     formula: str
     function: Callable[[Tensor, Tensor], Tensor]
 
-    def __call__(self, gamma: Tensor, rate: Tensor) -> Tensor:
+    def __call__(self, gamma: Tensor, dgamma_dt: Tensor) -> Tensor:
         """The weight, of gamma's shape."""
-        return self.function(gamma, rate)
+        return self.function(gamma, dgamma_dt)
 
 
-PLAIN = Weighting("$1$", lambda gamma, rate: torch.ones_like(gamma))
-BOUND = Weighting(r"$\gamma' / 2$", lambda gamma, rate: rate / 2)
+PLAIN = Weighting("$1$", lambda gamma, dgamma_dt: torch.ones_like(gamma))
+BOUND = Weighting(r"$\gamma' / 2$", lambda gamma, dgamma_dt: dgamma_dt / 2)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class System:
         name: as known.
         basis: a name for `bases.make`, or what stands for one.
         prior: S, in Markdown.
-        clock: gamma_i(t), in Markdown.
+        gamma: gamma_i(t), in Markdown.
         verdict: how far the model is an instance, see the module.
         why: the reason for the verdict, one sentence.
         reference: title, authors, year, URL.
@@ -84,7 +85,7 @@ class System:
     name: str
     basis: str
     prior: str
-    clock: str
+    gamma: str
     verdict: Verdict
     why: str
     reference: str
@@ -93,7 +94,7 @@ class System:
     weight: Weighting | None = None
 
 
-# One clock for all components
+# One noise schedule for all components
 
 
 def ddpm(shape: Shape, steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> System:
@@ -160,12 +161,14 @@ def score_sde_ve(shape: Shape, sigma_min: float = 0.01, sigma_max: float = 50.0)
     )  # fmt: skip
 
 
-def vdm(shape: Shape, low: float = -13.3, high: float = 5.0, f: Callable[[Tensor], Tensor] = lambda t: t) -> System:
-    """Variational diffusion: gamma rises from low to high like f(t), learnt and monotone; it starts as a line."""
+def vdm(
+    shape: Shape, gamma_min: float = -13.3, gamma_max: float = 5.0, f: Callable[[Tensor], Tensor] = lambda t: t
+) -> System:
+    """Variational diffusion: gamma rises like f(t), learnt and monotone, which starts as a straight line."""
 
     def gamma(t: Tensor) -> Tensor:
         first, last = f(torch.zeros_like(t)), f(torch.ones_like(t))
-        return low + (high - low) * (f(t) - first) / (last - first)
+        return gamma_min + (gamma_max - gamma_min) * (f(t) - first) / (last - first)
 
     return System(
         "VDM", "pixel", "$1$", r"$\gamma_\eta(t),\ \mathrm{learnt}$", "exact",
@@ -189,9 +192,9 @@ def edm(
         sigma = (sigma_min ** (1 / rho) * (1 - t) + sigma_max ** (1 / rho) * t) ** rho
         return rescale(torch.ones_like(t), sigma, sigma_data).gamma
 
-    def weight(gamma: Tensor, rate: Tensor) -> Tensor:
+    def weight(gamma: Tensor, dgamma_dt: Tensor) -> Tensor:
         density = (-0.5 * ((gamma - mean) / deviation) ** 2).exp() / (deviation * math.sqrt(2 * math.pi))
-        return density * (1 + gamma.exp()) * rate
+        return density * (1 + gamma.exp()) * dgamma_dt
 
     return System(
         "EDM", "pixel", r"$\sigma_\mathrm{data}$", r"$2\log(\sigma / \sigma_\mathrm{data})$", "exact after rescaling",
@@ -203,7 +206,7 @@ def edm(
     )  # fmt: skip
 
 
-# The prior or the clock differs between components
+# The prior or the schedule differs between components
 
 
 _FOURIER = "A Fourier Space Perspective on Diffusion Models, F. Falck et al., 2025, https://arxiv.org/abs/2505.11278"
@@ -213,7 +216,7 @@ def equal_snr(variance: PerComponent) -> System:
     """EqualSNR: noise with the data's own spectrum, S_i^2 = C_i, the `variance` of the Fourier components."""
     return System(
         "EqualSNR", "fourier", r"$\sqrt{C_i}$", "as DDPM", "exact",
-        "It is the whitened prior with one clock; its weighting we could not verify.",
+        "It is the whitened prior with one schedule for all; its weighting we could not verify.",
         _FOURIER, ddpm(_shape(variance)).schedule, variance.sqrt(),
     )  # fmt: skip
 
@@ -245,13 +248,15 @@ def blurring(shape: Shape, sigma_blur: float = 20.0, floor: float = 0.001, reach
 
     return System(
         "blurring diffusion", "dct", "$1$", r"$\gamma_{\cos} - 2\log d_i$", "exact after rescaling",
-        "Blur is a factor for each cosine that never rises: all it does is to speed up the clocks of fine waves.",
+        "Blur is a factor for each cosine that never rises: all it does is to noise fine waves earlier.",
         "Blurring Diffusion Models, E. Hoogeboom, T. Salimans, 2022, https://arxiv.org/abs/2209.05557",
         Schedule(gamma, shape), weight=PLAIN,
     )  # fmt: skip
 
 
-def mulan(a: PerComponent, b: PerComponent, c: PerComponent, low: float = -13.3, high: float = 5.0) -> System:
+def mulan(
+    a: PerComponent, b: PerComponent, c: PerComponent, gamma_min: float = -13.3, gamma_max: float = 5.0
+) -> System:
     """MuLAN: each pixel's gamma' is proportional to (a t^2 + b t + c)^2, with coefficients that a network provides."""
 
     def rise(t: Tensor) -> Tensor:
@@ -263,7 +268,8 @@ def mulan(a: PerComponent, b: PerComponent, c: PerComponent, low: float = -13.3,
         "Given its latent z, from which a network computes a, b and c; over z the model is a mixture.",
         "Diffusion Models With Learned Adaptive Noise, S. S. Sahoo, A. Gokaslan, C. De Sa, V. Kuleshov, 2023, "
         "https://arxiv.org/abs/2312.13236",
-        Schedule(lambda t: low + (high - low) * rise(t) / rise(torch.ones_like(t)), _shape(a)), weight=BOUND,
+        Schedule(lambda t: gamma_min + (gamma_max - gamma_min) * rise(t) / rise(torch.ones_like(t)), _shape(a)),
+        weight=BOUND,
     )  # fmt: skip
 
 
@@ -309,7 +315,7 @@ def mar(order: PerComponent, steps: int = 1000, cap: float = 0.999) -> System:
 
 
 def wavelet(variance: PerComponent, levels: int = 3, share: float | None = None) -> System:
-    """Wavelet score models: Haar bands one after another, coarse first, each normalised and with the VP clock.
+    """Wavelet score models: Haar bands one after another, coarse first, each normalised and with the VP schedule.
 
     `variance` is that of the components; `share` of the time belongs to each band, 1 / (levels + 1) unless given.
     """
@@ -379,7 +385,7 @@ def everything(shape: Shape, variance: Callable[[bases.Basis], PerComponent]) ->
         ddpm(shape), improved_ddpm(shape), score_sde_vp(shape), score_sde_sub_vp(shape), score_sde_ve(shape),
         vdm(shape), edm(shape), equal_snr(waves), flipped_snr(waves), blurring(shape),
         mulan(2 * (1 - right), -right, 0.2 + right), diffusion_forcing(column), rolling(column),
-        mar(schedules.patches(shape, shape[1] // 4)), wavelet(variance(bases.Haar(shape, 2)), 2),
+        mar(schedules.patch_order(shape, shape[1] // 4)), wavelet(variance(bases.Haar(shape, 2)), 2),
         cascaded(shape), subspace(), heat_dissipation(shape),
     ]  # fmt: skip
 

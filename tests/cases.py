@@ -1,6 +1,7 @@
 """One of everything: bases, priors and schedules for a small shape, and a coupled Gaussian to try them on."""
 
 import torch
+from torch import nn
 
 from gudlib import bases, priors, schedules
 
@@ -56,3 +57,27 @@ SCHEDULES = {
     "columns": lambda p: schedules.sequential(COLUMN, 0.5),
     "user function": lambda p: schedules.Schedule(lambda t: -6 + 10 * t**2 + t * COLUMN.to(t), SHAPE),
 }
+
+
+class MLP(nn.Module):
+    """A residual multilayer perceptron of images and gamma: a network that is quick to train."""
+
+    def __init__(self, shape, inputs, width=128, depth=3):
+        super().__init__()
+        self.config = {"kind": "mlp", "width": width, "depth": depth}
+        self.shape = shape
+        c, h, w = shape
+        self.stem = nn.Linear((inputs + c) * h * w, width)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(depth)
+        )
+        self.head = nn.Linear(width, c * h * w)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images, gamma):
+        x = self.stem(torch.cat([images.flatten(1), gamma.flatten(1) / 10], dim=1))
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x).reshape(-1, *self.shape)

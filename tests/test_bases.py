@@ -1,7 +1,9 @@
 """Bases: exact, orthonormal, differentiable, and labelled truthfully."""
 
 import pytest
+import pywt
 import torch
+from cases import randn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -253,6 +255,7 @@ def test_haar_row_and_column_are_the_centres_of_what_a_component_covers():
     assert basis(x)[0, 1, 1, 6].abs() > 1e-3 and basis(x)[0, 1, 6, 1].abs() < 1e-12
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_haar_levels_beyond_the_image_are_refused():
     bases.Haar((1, 5, 8), levels=3)
     for levels in (0, 4):
@@ -322,6 +325,7 @@ def test_pca_agrees_with_the_authors(golden):
 # Errors
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_shapes_are_refused_with_both_shapes(kind):
     basis = build(kind, (1, 4, 6))
@@ -332,6 +336,7 @@ def test_wrong_shapes_are_refused_with_both_shapes(kind):
             assert "(batch, 1, 4, 6)" in str(error.value) and str(wrong) in str(error.value)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_names_are_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'dct', 'fourier', 'haar', 'pca', 'pixel'"):
         bases.make("wavelet", (1, 4, 4))
@@ -339,6 +344,7 @@ def test_unknown_names_are_refused_with_the_known_ones():
         bases.Pixel((1, 4, 4)).label("level")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_impossible_bases_are_refused():
     with pytest.raises(ValueError, match="give images"):
         bases.make("pca", (1, 4, 4))
@@ -370,6 +376,51 @@ def test_groups_follow_the_label_keep_ties_together_and_leave_no_gap(n, count, t
         assert len(used) == min(n, count) and sizes.max() - sizes.min() <= 1
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_integer_images_are_refused_rather_than_truncated():
     with pytest.raises(ValueError, match="floating point.*uint8"):
         bases.DCT((1, 4, 4))(torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
+
+
+# Haar beside an independent library, where both are defined
+
+
+@pytest.mark.parametrize(("shape", "levels"), [((1, 8, 8), 1), ((1, 8, 8), 3), ((3, 16, 32), 4), ((2, 4, 16), 2)])
+def test_haar_is_that_of_pywavelets_at_powers_of_two(shape, levels):
+    images = randn(3, *shape)
+    ours = bases.Haar(shape, levels)(images)
+    averages, *details = pywt.wavedec2(images.numpy(), "haar", level=levels)
+    h, w = averages.shape[-2:]
+    torch.testing.assert_close(ours[..., :h, :w], torch.from_numpy(averages))
+    for along_rows, along_columns, both in details:  # coarse to fine; named by what is differenced
+        torch.testing.assert_close(ours[..., :h, w : 2 * w], torch.from_numpy(along_columns))
+        torch.testing.assert_close(ours[..., h : 2 * h, :w], torch.from_numpy(along_rows))
+        torch.testing.assert_close(ours[..., h : 2 * h, w : 2 * w], torch.from_numpy(both))
+        h, w = 2 * h, 2 * w
+
+
+def test_labels_of_one_place_are_equal_to_the_last_bit():
+    haar = bases.Haar((1, 28, 28), levels=3)
+    assert len(haar.label("column").unique()) == len(haar.label("row").unique()) == 24
+    assert torch.equal(haar.label("column"), haar.label("row").mT)
+    for basis in (bases.DCT((1, 12, 12)), bases.Fourier((1, 12, 12))):
+        k = basis.label("wavenumber")
+        assert torch.equal(k, k.mT) and (k.unique().diff() > 1e-6).all()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_matrix_that_is_not_orthonormal_is_refused():
+    rows = torch.linalg.qr(randn(1, 16, 16)).Q
+    bases.PCA(rows, (1, 4, 4))
+    bases.PCA(rows.float(), (1, 4, 4))
+    skewed = rows.clone()
+    skewed[0, 3] += 0.01 * skewed[0, 5]
+    for wrong in (1.01 * rows, skewed, rows[:, [0, 0, *range(2, 16)]], torch.full_like(rows, torch.nan)):
+        with pytest.raises(ValueError, match=r"matrix must have 16 orthonormal rows; .* off the identity by"):
+            bases.PCA(wrong, (1, 4, 4))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_images_of_another_shape_than_the_one_asked_for_are_refused():
+    with pytest.raises(ValueError, match=r"images must have the basis's shape, \(1, 4, 4\); got \(1, 4, 6\)"):
+        bases.make("pca", (1, 4, 4), randn(5, 1, 4, 6))

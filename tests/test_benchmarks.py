@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from gudlib.notebooks import ROOT
+from gudlib.files import ROOT
 
 
 def test_benchmarks_run_in_small(monkeypatch, tmp_path):

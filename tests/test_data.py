@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gudlib import data
+from gudlib import data, files
 
 
 def encode(pixels):
@@ -75,18 +75,18 @@ def test_embedded_sets_are_as_declared(name, split, digest):
 
 
 def test_embedded_files_match_their_sums_and_fit():
-    lines = (data.EMBEDDED / "SHA256SUMS").read_text().splitlines()
+    lines = (files.DATA / "SHA256SUMS").read_text().splitlines()
     sums = dict(reversed(line.split("  ")) for line in lines)
-    files = sorted(path.relative_to(data.EMBEDDED).as_posix() for path in data.EMBEDDED.glob("*/*.parquet"))
-    assert files == sorted(sums)
+    found = sorted(path.relative_to(files.DATA).as_posix() for path in files.DATA.glob("*/*.parquet"))
+    assert found == sorted(sums)
     for name, digest in sums.items():
-        assert hashlib.sha256((data.EMBEDDED / name).read_bytes()).hexdigest() == digest
-    assert sum((data.EMBEDDED / name).stat().st_size for name in files) <= 8e6
+        assert hashlib.sha256((files.DATA / name).read_bytes()).hexdigest() == digest
+    assert sum((files.DATA / name).stat().st_size for name in found) <= 8e6
 
 
 def test_histology_patches_are_the_pictures_regions():
     for split, size, stride in (("train", 384, 7), ("test", 128, 15)):
-        file = str(data.EMBEDDED / f"histology/{split}.parquet")
+        file = str(files.DATA / f"histology/{split}.parquet")
         picture = np.asarray(datasets.Dataset.from_parquet(file)[0]["image"])
         assert picture.shape == (512, size, 3)
         columns = (size - 32) // stride + 1
@@ -124,6 +124,7 @@ def test_own_folder_comes_first_and_may_hold_any_name(own):
     assert found.images.shape == (2, 3, 5, 7) and found.labels is None
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_names_and_splits_are_refused_by_name(own):
     with pytest.raises(ValueError, match=r"unknown image set 'mnist'; known: fashion_mnist, histology, .*GUDLIB_DATA"):
         data.load("mnist", "train")
@@ -139,13 +140,13 @@ def test_a_mistyped_folder_is_named(monkeypatch):
         data.locate("fashion_mnist", "train")
 
 
-def test_a_missing_set_says_where_it_was_looked_for_and_three_ways(own):
+def test_a_missing_set_says_where_it_was_searched_for_and_three_ways(own):
     with pytest.raises(FileNotFoundError) as caught:
         data.load("cifar10", "train")
     message = str(caught.value)
     for part in (
         f"{own / 'cifar10/train.parquet'}: no such file",
-        f"{data.EMBEDDED / 'cifar10/train.parquet'}: no such file",
+        f"{files.DATA / 'cifar10/train.parquet'}: no such file",
         "/datasets/uoft-cs/cifar10: HF_HUB_OFFLINE is set",
         "go online",
         "set GUDLIB_DATA",
@@ -191,14 +192,14 @@ def test_labels_of_the_hubs_pcam_are_booleans(monkeypatch):
 
 
 def test_a_damaged_file_is_named_and_not_passed_over(own):
-    whole = (data.EMBEDDED / "fashion_mnist/test.parquet").read_bytes()
+    whole = (files.DATA / "fashion_mnist/test.parquet").read_bytes()
     path = own / "fashion_mnist/test.parquet"
     path.parent.mkdir()
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
     for content in (whole[:1000], whole[:-100], b"", b"no parquet at all", flipped):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{path}: found {len(content)} bytes, truncated or damaged"):
+        with pytest.raises(ValueError, match=rf"{path}: found {len(content)} bytes, truncated or corrupt"):
             data.load("fashion_mnist", "test")
 
 
@@ -233,6 +234,7 @@ def test_what_is_wrong_in_a_file_is_named(own, make, message):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_rows_smaller_than_a_patch_are_refused(own):
     write(own / "histology/train.parquet", noise(1, 31, 64, 3))
     with pytest.raises(ValueError, match=r"= \(3, 31, 64\), expected \(3, 32, 32\) or larger"):

@@ -11,7 +11,7 @@ from gudlib.data import dequantise
 from gudlib.process import Process
 
 BASES = ["plain", "pixel", "pca", "fourier", "dct", "haar"]
-SOFTNESS = [(0.0, 0.0), (1.0, 1.0), (0.4, 1.6), (2.5, 2.5)]
+TRAINED = [(0.0, 0.0), (1.0, 1.0), (0.4, 1.6), (2.5, 2.5)]
 LEVEL = 1 / 128  # of grey, in units of the data
 ZERO, ONE = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
 
@@ -30,22 +30,22 @@ def textures(n: int, channels: int = 1, size: int = 8, seed: int = 0) -> torch.T
 IMAGES = {"grey": textures(400), "colour": textures(300, 3)}
 
 
-def build(basis="pca", r=1.0, softness=(0.4, 1.6), conditioning="grouped", images="grey"):
-    return designs.Setting(designs.Design(basis, r, softness, conditioning), IMAGES[images])
+def build(basis="pca", r=1.0, a=(0.4, 1.6), conditioning="grouped", images="grey"):
+    return designs.FittedDesign(designs.Design(basis, r, a, conditioning), IMAGES[images])
 
 
 def fitted_to(images: torch.Tensor) -> torch.Tensor:
-    """What a setting of seed 0 sees: each image dequantised, at least four times as many of them as components."""
+    """What a design is fitted to with seed 0: images dequantised, at least four times as many as components."""
     generator = torch.Generator().manual_seed(0)
     rounds = -(-4 * images[0].numel() // len(images))
     return torch.cat([dequantise(images, generator) for _ in range(rounds)])
 
 
-def left(setting, images, a):
+def left(fitted, images, a):
     """Largest eigenvalue of N^(-1/2) C N^(-1/2) at t = 1, C the second moment around the prior's mean."""
-    away = (setting.basis(fitted_to(images)).double() - setting.prior.mean).flatten(1)
+    away = (fitted.basis(fitted_to(images)).double() - fitted.prior.mean).flatten(1)
     second = away.T @ away / len(away)
-    noise = (setting.prior.scale**2 * setting.schedule(a).gamma(ONE).exp()).flatten()
+    noise = (fitted.prior.scale**2 * fitted.schedule(a).gamma(ONE).exp()).flatten()
     return float(torch.linalg.eigvalsh(second / (noise[:, None] * noise).sqrt())[-1])
 
 
@@ -55,27 +55,27 @@ def left(setting, images, a):
 @pytest.mark.parametrize("images", IMAGES)
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("r", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("softness", SOFTNESS)
-def test_every_design_leaves_a_third_of_a_grey_level_at_one_end_and_nothing_at_the_other(images, basis, r, softness):
-    setting = build(basis, r, softness, images=images)
-    assert len({*softness, 1.3}) > 1
-    for a in {*softness, 1.3}:  # the first end is exact for any a, trained or not
-        noise = setting.prior.scale**2 * setting.process(a).schedule.gamma(ZERO).exp()
+@pytest.mark.parametrize("trained", TRAINED)
+def test_every_design_leaves_a_third_of_a_grey_level_at_one_end_and_nothing_at_the_other(images, basis, r, trained):
+    fitted = build(basis, r, trained, images=images)
+    assert len({*trained, 1.3}) > 1
+    for a in {*trained, 1.3}:  # the first end is exact for any a, trained or not
+        noise = fitted.prior.scale**2 * fitted.process(a).schedule.gamma(ZERO).exp()
         assert float(noise.max()) == pytest.approx((LEVEL / 3) ** 2, rel=1e-9)
-    remains = [left(setting, IMAGES[images], a) for a in softness]
+    remains = [left(fitted, IMAGES[images], a) for a in trained]
     assert max(remains) == pytest.approx(math.exp(-5), rel=0.01)
-    assert left(setting, IMAGES[images], sum(softness) / 2) < 1.01 * math.exp(-5)
+    assert left(fitted, IMAGES[images], sum(trained) / 2) < 1.01 * math.exp(-5)
 
 
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("r", [0.0, 0.7])
 def test_the_snr_rises_with_one_slope_from_offsets_a_l(basis, r):
     """-log SNR_i, computed from the process, is u(t) + a l_i with l = -log Sigma, whatever the prior."""
-    setting, a, t = build(basis, r), 1.3, torch.linspace(0, 1, 5, dtype=torch.float64)
-    order = -setting.basis(fitted_to(IMAGES["grey"])).double().var(0).log()
+    fitted, a, t = build(basis, r), 1.3, torch.linspace(0, 1, 5, dtype=torch.float64)
+    order = -fitted.basis(fitted_to(IMAGES["grey"])).double().var(0).log()
     if basis == "plain":
         order = torch.zeros_like(order)
-    level = -setting.schedule(a).snr(t, setting.prior.white_variance).log()
+    level = -fitted.schedule(a).snr(t, fitted.prior.white_variance).log()
     common = level - a * order
     assert (common - common[:, :1, :1, :1]).abs().max() < 1e-5
     steps = common[:, 0, 0, 0].diff()
@@ -85,10 +85,10 @@ def test_the_snr_rises_with_one_slope_from_offsets_a_l(basis, r):
 
 def test_the_last_component_is_noised_least_in_units_of_its_signal():
     """At a > 0 components of large variance are noised last, and all at once at a = 0."""
-    setting = build("pca", 0.0)
+    fitted = build("pca", 0.0)
     t = torch.tensor(0.5, dtype=torch.float64)
-    signal = {a: setting.schedule(a).snr(t, setting.prior.white_variance).flatten().log() for a in (0.0, 1.6)}
-    variance = setting.prior.variance.flatten()
+    signal = {a: fitted.schedule(a).snr(t, fitted.prior.white_variance).flatten().log() for a in (0.0, 1.6)}
+    variance = fitted.prior.variance.flatten()
     assert signal[1.6][variance.argmax()] > signal[1.6][variance.argmin()] + 3
     assert signal[0.0].max() - signal[0.0].min() < 1e-9
 
@@ -98,17 +98,17 @@ def test_the_prior_changes_neither_snr_nor_where_it_ends():
     for basis in BASES:
         levels = []
         for r in (0.0, 0.3, 1.0):
-            setting = build(basis, r)
-            levels.append(setting.schedule(1.3).gamma(t) - setting.prior.log_variance)
-            expected = -0.5 * r * setting.prior.order
-            torch.testing.assert_close(setting.prior.scale.double().log(), expected, rtol=0, atol=1e-12)
+            fitted = build(basis, r)
+            levels.append(fitted.schedule(1.3).gamma(t) - fitted.prior.log_variance)
+            expected = -0.5 * r * fitted.prior.order
+            torch.testing.assert_close(fitted.prior.scale.double().log(), expected, rtol=0, atol=1e-12)
         for level in levels:
             torch.testing.assert_close(level, levels[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("r", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("basis", BASES)
-def test_one_common_clock_is_a_of_one_minus_r(basis, r):
+def test_one_gamma_for_all_is_a_of_one_minus_r(basis, r):
     gamma = build(basis, r, (1 - r, 1 - r)).schedule(1 - r).gamma(torch.linspace(0, 1, 7, dtype=torch.float64))
     torch.testing.assert_close(gamma, gamma[:, :1, :1, :1].expand_as(gamma), rtol=0, atol=1e-12)
 
@@ -116,25 +116,27 @@ def test_one_common_clock_is_a_of_one_minus_r(basis, r):
 def test_plain_is_the_usual_model_of_one_mean_one_variance_and_one_level():
     data = fitted_to(IMAGES["colour"]).double()
     for r in (0.0, 1.0):
-        setting = build("plain", r, (1.0, 1.0), images="colour")
-        assert torch.equal(setting.basis(data), data)
-        for values, wanted in ((setting.prior.mean, data.mean()), (setting.prior.variance, data.var())):
+        fitted = build("plain", r, (1.0, 1.0), images="colour")
+        assert torch.equal(fitted.basis(data), data)
+        for values, wanted in ((fitted.prior.mean, data.mean()), (fitted.prior.variance, data.var())):
             torch.testing.assert_close(values.double(), wanted.expand(3, 8, 8), rtol=1e-5, atol=1e-6)
-        gamma = setting.schedule(1.0).gamma(ZERO)
+        gamma = fitted.schedule(1.0).gamma(ZERO)
         assert gamma.max() == gamma.min()
     assert build("pixel", images="colour").prior.mean.std() > 0.1
 
 
-def test_a_batch_of_softnesses_has_the_schedules_of_each():
+def test_a_batch_of_inverse_softnesses_has_the_schedules_of_each():
     a = torch.tensor([0.4, 1.6, 0.9, 1.0], dtype=torch.float64)
     t = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=torch.float64)
     for basis, r in (("pca", 1.0), ("haar", 0.3), ("plain", 0.0)):
-        setting = build(basis, r)
-        many = setting.schedule(a)
-        for quantity in ("gamma", "rate"):
-            each = [getattr(setting.schedule(x), quantity)(when) for x, when in zip(a.tolist(), t, strict=True)]
+        fitted = build(basis, r)
+        many = fitted.schedule(a)
+        for quantity in ("gamma", "dgamma_dt"):
+            each = [getattr(fitted.schedule(x), quantity)(when) for x, when in zip(a.tolist(), t, strict=True)]
             torch.testing.assert_close(getattr(many, quantity)(t), torch.stack(each), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(setting.denoise(a), torch.stack([setting.denoise(x) for x in a.tolist()]))
+        torch.testing.assert_close(
+            fitted.gamma_min_target(a), torch.stack([fitted.gamma_min_target(x) for x in a.tolist()])
+        )
 
 
 # What is fitted
@@ -143,17 +145,17 @@ def test_a_batch_of_softnesses_has_the_schedules_of_each():
 @pytest.mark.parametrize("basis, r", [("plain", 0.0), ("pixel", 0.5), ("haar", 1.0), ("pca", 0.3)])
 def test_components_one_after_another_have_the_same_two_ends(basis, r):
     """Each ends at the finest noise, in units of the data, and where every signal is gone."""
-    setting = build(basis, r, images="colour")
+    fitted = build(basis, r, images="colour")
     one, other = torch.arange(3 * 64).reshape(3, 8, 8) % 5.0, torch.arange(3 * 64).reshape(3, 8, 8) % 7.0
-    variance = fitted_to(IMAGES["colour"]).double().var() if basis == "plain" else setting.prior.moments.floored
-    for schedule in (setting.sequential(one, 0.3), setting.sequential([one, other], [0.6, torch.tensor([0.3, 1.0])])):
+    variance = fitted_to(IMAGES["colour"]).double().var() if basis == "plain" else fitted.prior.moments.floored
+    for schedule in (fitted.sequential(one, 0.3), fitted.sequential([one, other], [0.6, torch.tensor([0.3, 1.0])])):
         first, last = schedule.gamma(ZERO), schedule.gamma(ONE)
-        finest = setting.prior.scale * (first / 2).exp()
+        finest = fitted.prior.scale * (first / 2).exp()
         torch.testing.assert_close(finest, torch.full_like(finest, LEVEL / 3), rtol=1e-6, atol=0)
-        level = last - (variance / setting.prior.scale**2).log()
-        torch.testing.assert_close(level, torch.full_like(level, setting.noise), rtol=0, atol=1e-5)
+        level = last - (variance / fitted.prior.scale**2).log()
+        torch.testing.assert_close(level, torch.full_like(level, fitted.gamma_max_target), rtol=0, atol=1e-5)
     half = torch.tensor(0.5, dtype=torch.float64)
-    gamma = setting.sequential(one, 0.3).gamma(half)
+    gamma = fitted.sequential(one, 0.3).gamma(half)
     course = schedules.sequential(one, 0.3, 0.0, 1.0).gamma(half)
     torch.testing.assert_close(gamma, first[0] + (last[0] - first[0]) * course, rtol=0, atol=1e-6)
 
@@ -161,28 +163,28 @@ def test_components_one_after_another_have_the_same_two_ends(basis, r):
 def test_few_images_are_dequantised_often_enough_to_have_every_variance():
     """Ten images span at most nine of the 64 directions; in the others there is the noise of dequantisation."""
     few = textures(10)
-    variance = designs.Setting(designs.Design("pca"), few).prior.variance
+    variance = designs.FittedDesign(designs.Design("pca"), few).prior.variance
     assert variance.min() > 0.1 * LEVEL**2 / 12
 
 
 def test_no_variance_counts_as_less_than_that_of_the_noise_within_a_grey_level():
     images = IMAGES["grey"].clone()
     images[..., :2] = 7
-    setting = designs.Setting(designs.Design("pixel", 1.0), images)
-    counted = (-setting.prior.order).exp()
-    assert setting.prior.variance[..., :2].min() < LEVEL**2 / 12
+    fitted = designs.FittedDesign(designs.Design("pixel", 1.0), images)
+    counted = (-fitted.prior.order).exp()
+    assert fitted.prior.variance[..., :2].min() < LEVEL**2 / 12
     assert float(counted.min()) == pytest.approx(LEVEL**2 / 12, rel=1e-6)
-    torch.testing.assert_close(counted[..., 2:], setting.prior.variance[..., 2:])
+    torch.testing.assert_close(counted[..., 2:], fitted.prior.variance[..., 2:])
 
 
-def test_settings_repeat_themselves_and_leave_torchs_generator_alone():
+def test_fitted_designs_repeat_themselves_and_leave_torchs_generator_alone():
     design = designs.Design("pca", 0.5)
     torch.rand(1)  # a state that no seed leads to
     state = torch.get_rng_state()
-    first, again, other = (designs.Setting(design, IMAGES["grey"], seed) for seed in (3, 3, 4))
-    assert torch.equal(first.prior.variance, again.prior.variance) and first.noise == again.noise
+    first, again, other = (designs.FittedDesign(design, IMAGES["grey"], seed) for seed in (3, 3, 4))
+    assert torch.equal(first.prior.variance, again.prior.variance) and first.gamma_max_target == again.gamma_max_target
     assert not torch.equal(first.prior.variance, other.prior.variance)
-    weights = [setting.denoiser(8, seed).state_dict() for setting, seed in ((first, 1), (again, 1), (first, 2))]
+    weights = [fitted.denoiser(8, seed).state_dict() for fitted, seed in ((first, 1), (again, 1), (first, 2))]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
     assert torch.equal(torch.get_rng_state(), state)
@@ -191,14 +193,15 @@ def test_settings_repeat_themselves_and_leave_torchs_generator_alone():
     assert torch.equal(bare.stem.weight, weights[0]["network.stem.weight"])
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"basis": "wavelet"}, "basis must be one of .*'plain', 'pixel', 'pca', .*; got 'wavelet'"),
         ({"conditioning": "vector"}, "conditioning must be one of .*'time', 'pooled', .*; got 'vector'"),
-        ({"softness": (1.6, 0.4)}, r"softness must be \(lowest, highest\), not negative; got \(1.6, 0.4\)"),
-        ({"softness": (-0.1, 0.4)}, r"softness must be .* got \(-0.1, 0.4\)"),
-        ({"softness": (math.nan, 1.0)}, r"softness must be .* got \(nan, 1.0\)"),
+        ({"a": (1.6, 0.4)}, r"a must be \(lowest, highest\), not negative; got \(1.6, 0.4\)"),
+        ({"a": (-0.1, 0.4)}, r"a must be .* got \(-0.1, 0.4\)"),
+        ({"a": (math.nan, 1.0)}, r"a must be .* got \(nan, 1.0\)"),
     ],
 )
 def test_impossible_designs_are_refused_with_their_values(given, message):
@@ -224,27 +227,27 @@ class Ear(nn.Module):
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("r", [0.0, 1.0])
 def test_told_the_time_a_network_hears_one_number_from_minus_10_to_10_whatever_a(basis, r):
-    setting = build(basis, r, conditioning="time")
-    model = setting.denoiser(8)
+    fitted = build(basis, r, conditioning="time")
+    model = fitted.denoiser(8)
     model.network.network = ear = Ear(model.network.network)
     a = torch.tensor([0.4, 1.6, 0.7, 1.0, 1.3], dtype=torch.float64)
     t = torch.tensor([0.0, 1.0, 0.2, 0.5, 0.9], dtype=torch.float64)
     white = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    model(white, setting.schedule(a).gamma(t).float())
+    model(white, fitted.schedule(a).gamma(t).float())
     expected = (20 * t - 10)[:, None, None, None].expand(5, 1, 8, 8)
     torch.testing.assert_close(ear.told[0].double(), expected, rtol=0, atol=1e-4)
     for x in (0.4, 1.1, 2.5):  # one a for all, as in sampling and likelihood; beyond the range too
-        model(white, setting.schedule(x).gamma(t))
+        model(white, fitted.schedule(x).gamma(t))
         torch.testing.assert_close(ear.told[-1].double(), expected, rtol=0, atol=1e-4)
 
 
 def test_other_networks_hear_the_levels_themselves_in_groups():
     t, heard = torch.tensor([0.3, 0.6], dtype=torch.float64), {}
     for conditioning in ("pooled", "grouped", "attention"):
-        setting = build("pca", 0.0, conditioning=conditioning)
-        network = setting.denoiser(8).network
+        fitted = build("pca", 0.0, conditioning=conditioning)
+        network = fitted.denoiser(8).network
         assert isinstance(network, networks.UNet)
-        gammas = [setting.schedule(a).gamma(t).float() for a in (0.4, 1.6)]
+        gammas = [fitted.schedule(a).gamma(t).float() for a in (0.4, 1.6)]
         means = [network.levels(gamma)[..., 0] * 10 for gamma in gammas]
         heard[conditioning] = means[0].shape[1], network.conditioning
         assert (means[0] - means[1]).abs().min(0).values.max() > 0.5  # what is heard tells a
@@ -254,9 +257,9 @@ def test_other_networks_hear_the_levels_themselves_in_groups():
 
 
 def test_told_by_a_map_a_network_hears_every_level_in_its_place():
-    setting = build("plain", 0.0, conditioning="map")
-    model = setting.denoiser(8)
-    columns = setting.sequential(setting.basis.label("column"), 0.4).gamma(torch.tensor(0.5, dtype=torch.float64))
+    fitted = build("plain", 0.0, conditioning="map")
+    model = fitted.denoiser(8)
+    columns = fitted.sequential(fitted.basis.label("column"), 0.4).gamma(torch.tensor(0.5, dtype=torch.float64))
     white = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert model.network.conditioning == "map"
     ear = Ear(model.network)
@@ -277,14 +280,14 @@ class Pixels(nn.Module):
         return images.flatten(1)
 
 
-def gaussian_bits(setting, a, data):
-    """What independent normals of the fitted moments pay for data, and what is left of them at t = 1, by hand."""
-    chi = (setting.basis(data).double() - setting.prior.mean).flatten(1)
-    variance = setting.prior.variance.double().flatten()
+def gaussian_bits(fitted, a, data):
+    """Bits of independent normals of the fitted moments, and of what is left of them at t = 1, by hand."""
+    chi = (fitted.basis(data).double() - fitted.prior.mean).flatten(1)
+    variance = fitted.prior.variance.double().flatten()
     nll = 0.5 * (chi.square() / variance + variance.log() + math.log(2 * math.pi))
-    gamma = setting.schedule(a).gamma(ONE).flatten()
+    gamma = fitted.schedule(a).gamma(ONE).flatten()
     signal, noise = 1 / (1 + gamma.exp()), 1 / (1 + (-gamma).exp())
-    c, scale = variance / setting.prior.scale.flatten() ** 2, setting.prior.scale.flatten()
+    c, scale = variance / fitted.prior.scale.flatten() ** 2, fitted.prior.scale.flatten()
     reached = signal * (chi / scale).square() + noise  # mean square at t = 1, which the prior takes for 1
     v = signal * c + noise
     excess = 0.5 * (reached - reached / v - v.log())
@@ -292,16 +295,16 @@ def gaussian_bits(setting, a, data):
 
 
 @pytest.mark.parametrize("basis", BASES)
-def test_an_untrained_model_pays_what_independent_normals_pay_along_every_path(basis):
+def test_an_untrained_model_has_the_nll_of_independent_normals_along_every_path(basis):
     test = textures(40, seed=1)
     data = dequantise(test, torch.Generator().manual_seed(0))
     for r, tolerance in ((1.0, 2e-6), (0.3, 2e-6)):
-        setting = build(basis, r, (0.0, 2.5))
-        model, bits = setting.denoiser(8), []
+        fitted = build(basis, r, (0.0, 2.5))
+        model, bits = fitted.denoiser(8), []
         for a in (0.0, 0.6, 1.0, 2.5):
-            found = likelihood.bound(model, setting.process(a), data, 2, importance=True)
+            found = likelihood.bound(model, fitted.process(a), data, 2, importance=True)
             bits.append(found.bits)
-            assert found.bits == pytest.approx(gaussian_bits(setting, a, data), abs=tolerance)
+            assert found.bits == pytest.approx(gaussian_bits(fitted, a, data), abs=tolerance)
         if r == 1:
             assert max(bits) - min(bits) < 1e-6
 
@@ -309,16 +312,16 @@ def test_an_untrained_model_pays_what_independent_normals_pay_along_every_path(b
 @pytest.fixture(scope="module")
 def scored():
     """An untrained design's score, twice and with another seed, with another state of torch's generator each."""
-    setting, test = build("dct", 0.5, conditioning="grouped"), textures(60, seed=1)
-    model, found, states = setting.denoiser(8), [], []
+    fitted, test = build("dct", 0.5, conditioning="grouped"), textures(60, seed=1)
+    model, found, states = fitted.denoiser(8), [], []
     with torch.random.fork_rng():
         for seed in (0, 0, 5):
             torch.manual_seed(len(found))
             states.append(torch.get_rng_state())
-            process, sizes = setting.process(0.7), {"generated": 300, "steps": 20, "draws": 2, "seed": seed}
+            process, sizes = fitted.process(0.7), {"generated": 300, "steps": 20, "draws": 2, "seed": seed}
             found.append(designs.score(model, process, IMAGES["grey"], test, Pixels(), **sizes))
             assert torch.equal(torch.get_rng_state(), states[-1])
-    return setting, test, found
+    return fitted, test, found
 
 
 def test_a_score_repeats_itself_whatever_torchs_generator_is_at(scored):
@@ -330,12 +333,12 @@ def test_a_score_repeats_itself_whatever_torchs_generator_is_at(scored):
 
 
 def test_a_score_is_the_bound_of_held_out_images_and_the_metrics_of_generated_ones(scored):
-    setting, test, [(values, images), *_] = scored
+    fitted, test, [(values, images), *_] = scored
     data = dequantise(test, torch.Generator().manual_seed(0))
-    assert values["bits"] == pytest.approx(gaussian_bits(setting, 0.7, data), abs=1e-5)
-    found = likelihood.bound(setting.denoiser(8), setting.process(0.7), data, 2, importance=True)
-    rest = float(found.decoder.mean() + found.volume) / (64 * math.log(2)) + 7
-    assert values["path_bits"] + values["prior_bits"] + rest == pytest.approx(values["bits"], abs=1e-5)
+    assert values["bits"] == pytest.approx(gaussian_bits(fitted, 0.7, data), abs=1e-5)
+    found = likelihood.bound(fitted.denoiser(8), fitted.process(0.7), data, 2, importance=True)
+    rest = float(found.reconstruction.mean() + found.log_volume) / (64 * math.log(2)) + 7
+    assert values["diffusion_bits"] + values["prior_bits"] + rest == pytest.approx(values["bits"], abs=1e-5)
     assert values["image_error"] == pytest.approx(found.image_error) and values["probe_error"] < 1e-5
     assert images.shape == (300, 1, 8, 8) and images.min() >= -1 and images.max() <= 1
     assert torch.equal((127.5 * (images + 1)).round() / 127.5 - 1, images)  # grey levels
@@ -353,26 +356,26 @@ def test_a_score_is_the_bound_of_held_out_images_and_the_metrics_of_generated_on
 
 def test_times_and_noise_of_the_bound_are_those_of_the_seed():
     """Seen with a model that errs: one that does not has the same bound for any."""
-    setting, bits, dark = build("dct", 0.5), [], textures(8, seed=1) // 8
+    fitted, bits, dark = build("dct", 0.5), [], textures(8, seed=1) // 8
 
     def model(white, gamma):
-        return setting.denoiser(8)(white, gamma) + 0.1
+        return fitted.denoiser(8)(white, gamma) + 0.1
 
     data = dequantise(dark, torch.Generator().manual_seed(0))
     for seed in (3, 4):
-        process, sizes = setting.process(0.7), {"generated": 4, "steps": 8, "draws": 3, "seed": seed}
+        process, sizes = fitted.process(0.7), {"generated": 4, "steps": 8, "draws": 3, "seed": seed}
         values, _ = designs.score(model, process, IMAGES["grey"], dark, Pixels(), **sizes)
         found = likelihood.bound(model, process, data, 3, seed=seed, importance=True)
         assert (values["bits"], values["probe_error"]) == (found.bits, found.probe_error)
         assert values["memorised"] == 1  # all lie closer to the training images than the dark ones do
         bits.append(values["bits"])
-    assert bits[0] != bits[1] and min(bits) > gaussian_bits(setting, 0.7, data)
+    assert bits[0] != bits[1] and min(bits) > gaussian_bits(fitted, 0.7, data)
 
 
 def test_an_untrained_model_samples_the_normals_that_it_was_fitted_to(scored):
     """Means and variances of the components of 300 samples; so chunks are joined, and none is drawn twice."""
-    setting, _, [(_, images), *_] = scored
-    found, prior = setting.basis(images).double(), setting.prior
+    fitted, _, [(_, images), *_] = scored
+    found, prior = fitted.basis(images).double(), fitted.prior
     spread = prior.variance.sqrt()
     assert ((found.mean(0) - prior.mean).abs() < 5 * spread / math.sqrt(300) + LEVEL).all()
     coarse = spread > LEVEL  # what a grey level resolves
@@ -381,7 +384,7 @@ def test_an_untrained_model_samples_the_normals_that_it_was_fitted_to(scored):
 
 
 def test_process_is_made_of_the_fitted_basis_prior_and_schedule():
-    setting = build("haar", 0.5)
-    process = setting.process(0.7)
-    assert isinstance(process, Process) and process.basis is setting.basis and process.prior is setting.prior
-    assert torch.equal(process.schedule.gamma(ONE), setting.schedule(0.7).gamma(ONE))
+    fitted = build("haar", 0.5)
+    process = fitted.process(0.7)
+    assert isinstance(process, Process) and process.basis is fitted.basis and process.prior is fitted.prior
+    assert torch.equal(process.schedule.gamma(ONE), fitted.schedule(0.7).gamma(ONE))

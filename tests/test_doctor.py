@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from gudlib.notebooks import ROOT
+from gudlib.files import ROOT
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """What `doctor` looks at, with one small checkpoint."""
+    """What `doctor` checks, with one small checkpoint."""
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("gudlib", "data"):
@@ -66,9 +66,9 @@ def test_each_broken_thing_is_named_with_its_remedy(project):
     assert broken.pop("device: ImportError: no torch here").startswith("remove .venv and run make venv")
     assert broken.pop("image sets: ImportError: no torch here")
     assert broken == {
-        "data/checkpoints/small.safetensors is damaged, or not in SHA256SUMS": "git checkout -- data/checkpoints",
-        "data/checkpoints/stray.safetensors is damaged, or not in SHA256SUMS": "git checkout -- data/checkpoints",
-        "data/fashion_mnist/test.parquet is damaged, or not in SHA256SUMS": "git checkout -- data",
+        "data/checkpoints/small.safetensors is corrupt, or not in SHA256SUMS": "git checkout -- data/checkpoints",
+        "data/checkpoints/stray.safetensors is corrupt, or not in SHA256SUMS": "git checkout -- data/checkpoints",
+        "data/fashion_mnist/test.parquet is corrupt, or not in SHA256SUMS": "git checkout -- data",
         "data/histology/test.parquet is missing": "git checkout -- data/histology/test.parquet",
     }
     assert "6 broken" in lines

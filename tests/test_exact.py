@@ -9,7 +9,6 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 from gudlib import schedules
 from gudlib.exact import (
-    Empirical,
     GaussianMixture,
     gaussian,
     gaussian_eps,
@@ -19,7 +18,7 @@ from gudlib.exact import (
     linear_error,
     normal_kl,
 )
-from gudlib.process import Process, from_eps, to_eps
+from gudlib.process import Process, from_eps
 
 
 def mixture(k=3):
@@ -141,6 +140,7 @@ def test_mixture_draws_have_its_mean_covariance_and_weights(generator):
     assert torch.equal(model.sample(10, generator.manual_seed(3)), model.sample(10, generator.manual_seed(3)))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_mixtures_that_do_not_fit_are_refused():
     model = mixture()
     with pytest.raises(ValueError, match=r"covariances \(3, 6, 6\)"):
@@ -153,46 +153,7 @@ def test_mixtures_that_do_not_fit_are_refused():
         model(randn(2, 1, 2, 4), randn(2, 1, 2, 4))
 
 
-# Finite data
-
-
-def points(n=7):
-    return 2 * randn(n, *SHAPE, seed=13)
-
-
-@pytest.mark.parametrize("levels", ["one for all", "each its own"])
-def test_empirical_weights_are_the_softmax_over_distances(levels):
-    model, (chi, gamma) = Empirical(points()), noised()
-    gamma = gamma[0] if levels == "one for all" else gamma
-    alpha, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
-    expected = torch.zeros(5, 7, dtype=torch.float64)
-    for j, point in enumerate(points()):
-        expected[:, j] = -0.5 * ((chi - alpha * point) / sigma).square().sum((1, 2, 3))
-    weights = expected.softmax(1)
-    torch.testing.assert_close(model.weights(chi, gamma), weights, rtol=1e-8, atol=1e-12)
-    x0 = torch.einsum("bn,nchw->bchw", weights, points())
-    torch.testing.assert_close(model(chi, gamma), to_eps(x0, "x0", chi, gamma))
-
-
-def test_empirical_is_the_mixture_of_points_without_extent():
-    (chi, gamma), data = noised(), points()
-    sharp = GaussianMixture(data.flatten(1), 1e-12 * torch.eye(D, dtype=torch.float64).expand(7, D, D))
-    torch.testing.assert_close(Empirical(data)(chi, gamma), sharp(chi, gamma), rtol=1e-6, atol=1e-7)
-
-
-def test_a_single_point_is_always_the_answer():
-    (chi, gamma), point = noised(), points(1)
-    eps = Empirical(point)(chi, gamma)
-    torch.testing.assert_close(from_eps(eps, "x0", chi, gamma), point.expand_as(chi))
-
-
-def test_without_noise_the_nearest_point_wins_and_in_noise_all_count_alike():
-    data = points()
-    chi = data + 0.01 * randn(7, *SHAPE, seed=14)
-    clean, noise = (torch.full((1, *SHAPE), g, dtype=torch.float64) for g in (-25.0, 60.0))
-    torch.testing.assert_close(Empirical(data).weights(chi, clean), torch.eye(7, dtype=torch.float64))
-    torch.testing.assert_close(Empirical(data).weights(chi, noise), torch.full((7, 7), 1 / 7, dtype=torch.float64))
-    torch.testing.assert_close(Empirical(data)(chi, noise), chi)
+# Limits
 
 
 def test_mixture_limits_are_data_and_pure_noise():
@@ -225,10 +186,10 @@ PATHS = {
     "one after another": lambda: schedules.sequential(LABEL, 1 / D, LOW, HIGH),
     "one after another, from the other end": lambda: schedules.sequential(-LABEL, 1 / D, LOW, HIGH),
     "soft conditioning, capped": lambda: schedules.soft_conditioning(
-        LABEL, 3.0, denoise=LOW, noise=HIGH, caps=(LOW, HIGH)
+        LABEL, 3.0, gamma_min_target=LOW, gamma_max_target=HIGH, gamma_min=LOW, gamma_max=HIGH
     ),
     "far beyond one after another": lambda: schedules.soft_conditioning(
-        LABEL, 50.0, denoise=LOW, noise=HIGH, caps=(LOW, HIGH)
+        LABEL, 50.0, gamma_min_target=LOW, gamma_max_target=HIGH, gamma_min=LOW, gamma_max=HIGH
     ),
     "a steep start": lambda: schedules.Schedule(
         lambda t: (torch.expm1(20 * t.clamp(min=1e-6)).log() - math.log(math.expm1(2e-5))) * (HIGH - LOW) / SPAN + LOW,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gudlib import lattice
+from gudlib import files, lattice
 
 MASS2, COUPLING = -0.4, 0.3  # a double well
 
@@ -152,8 +152,8 @@ def test_phi4_moments_on_four_sites_are_those_of_quadrature():
     functions = [
         lambda phi: phi.square().mean((-1, -2)),
         lambda phi: phi.pow(4).mean((-1, -2)),
-        lambda phi: (phi[..., 0, 0] * phi[..., 0, 1]),
-        lambda phi: (phi[..., 0, 0] * phi[..., 1, 1]),
+        lambda phi: phi[..., 0, 0] * phi[..., 0, 1],
+        lambda phi: phi[..., 0, 0] * phi[..., 1, 1],
         lambda phi: lattice.action(phi, MASS2, COUPLING),
     ]
     options = {"mass2": MASS2, "coupling": COUPLING, "step": 0.55, "steps": 3, "progress": False}
@@ -229,7 +229,7 @@ def test_swendsen_wang_leaves_the_boltzmann_distribution_in_detailed_balance(tem
 
 
 def flood(bonds):
-    """Clusters of one lattice, by walking."""
+    """Clusters of one lattice, by searching."""
     size = bonds.shape[-1]
     label = [[-1] * size for _ in range(size)]
     for start in range(size * size):
@@ -247,7 +247,7 @@ def flood(bonds):
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 0.5, 0.8, 1.0])
-def test_clusters_are_those_found_by_walking(density):
+def test_clusters_are_those_found_by_searching(density):
     bonds = torch.rand(4, 2, 9, 9, generator=seeded(2)) < density
     expected = torch.stack([flood(b) + 81 * i for i, b in enumerate(bonds)])
     assert torch.equal(lattice.clusters(bonds), expected)
@@ -486,14 +486,12 @@ def test_damaged_files_are_made_anew(tmp_path, calls, damage):
     assert torch.equal(make(tmp_path).fields, expected.fields) and len(calls) == 3
 
 
-@pytest.mark.parametrize("function", ["save_file", "os.replace"])
+@pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_an_interruption_leaves_no_half_written_file(tmp_path, monkeypatch, function):
     def interrupted(*args):
-        if function == "save_file":
-            args[1].write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"gudlib.lattice.{function}", interrupted)
+    monkeypatch.setattr(files.os, function, interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -508,6 +506,7 @@ def test_progress_is_shown_or_not(monkeypatch):
     assert shown == [("Ising", 7), ("phi^4", 2)]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("call", "message"),
     [

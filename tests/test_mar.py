@@ -16,12 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from gudlib import bases, denoiser, likelihood, mar, priors, samplers, schedules, training
 from gudlib.data import scale
 from gudlib.exact import gaussian_eps
+from gudlib.mar import training as mar_training
+from gudlib.mar.networks import KINDS
 from gudlib.process import Process, diffuse
 from gudlib.schedules import alpha, sigma
 
 SHAPE = (1, 6, 4)  # six tokens of four numbers
 SMALL = dict(width=16, depth=1, heads=2, buffer=3, head=(2, 24), classes=3)
-QUICK = mar.Settings(steps=6, batch=8, warmup=3, save_every=2, repeats=2)
+QUICK = mar.MarTrainingConfig(steps=6, batch=8, warmup=3, save_every=2, repeats=2)
 
 
 def pictures(n=64):
@@ -35,10 +37,21 @@ def pictures(n=64):
 LABELS = torch.arange(64) % 3
 
 
+def fresh(kind, images, size, pca=False, **network):
+    """An untrained model for images, with the mean and one scale of their patches, as pixels or as their PCA."""
+    shape = (images.shape[1], size, size)
+    inner = mar.Network(kind, images.shape[1:], size, **network)
+    cut = mar.patchify(images, size).reshape(-1, *shape)
+    basis = bases.PCA.fit(cut) if pca else bases.Pixel(shape)
+    moments = priors.measure(basis, cut)
+    prior = priors.isotropic(moments, float(moments.variance.mean().sqrt()))
+    return mar.Autoregressor(inner, basis.float(), prior.float())
+
+
 def build(kind, seed=0, awake=True, pca=False, **options):
     """A small model; awake: with random weights where it starts with zeros."""
     torch.manual_seed(seed)
-    model = mar.build(kind, scale(pictures()), 2, pca=pca, **(SMALL | options)).eval()
+    model = fresh(kind, scale(pictures()), 2, pca=pca, **(SMALL | options)).eval()
     for part in model.network.parameters():
         if awake:
             nn.init.normal_(part, std=0.3)
@@ -93,11 +106,11 @@ class Exact:
     def __init__(self, mean, covariance, size, causal=False):
         self.mean, self.covariance, self.size, self.causal = mean, covariance, size, causal
 
-    def moments(self, tokens, order, start, stop):
-        """Means (n, m, D) and covariances (n, m, D, D) of tokens order[:, start:stop]."""
+    def moments(self, tokens, permutation, start, stop):
+        """Means (n, m, D) and covariances (n, m, D, D) of tokens permutation[:, start:stop]."""
         means, covariances, d = [], [], self.size
         for k in range(start, stop):
-            before, own = order[:, : k if self.causal else start], order[:, k : k + 1]
+            before, own = permutation[:, : k if self.causal else start], permutation[:, k : k + 1]
             i, j = ((which[..., None] * d + torch.arange(d)).flatten(1) for which in (own, before))
             c_ij = self.covariance[i[:, :, None], j[:, None, :]]
             known = torch.linalg.solve(self.covariance[j[:, :, None], j[:, None, :]], c_ij.mT).mT
@@ -106,8 +119,8 @@ class Exact:
             covariances.append(self.covariance[i[:, :, None], i[:, None, :]] - known @ c_ij.mT)
         return torch.stack(means, 1), torch.stack(covariances, 1)
 
-    def __call__(self, tokens, order, start, stop, labels=None):
-        mean, covariance = (x.flatten(0, 1) for x in self.moments(tokens, order, start, stop))
+    def __call__(self, tokens, permutation, start, stop, labels=None):
+        mean, covariance = (x.flatten(0, 1) for x in self.moments(tokens, permutation, start, stop))
 
         def model(white_t, gamma):
             a, s = (f(gamma).flatten(1)[:, :1] for f in (alpha, sigma))
@@ -116,11 +129,11 @@ class Exact:
 
         return model
 
-    def price(self, tokens, order, cuts):
+    def nll(self, tokens, permutation, cuts):
         """-log p of each token in its place, (n, L), nats in white units."""
-        parts = [self.moments(tokens, order, *cut) for cut in itertools.pairwise(cuts)]
+        parts = [self.moments(tokens, permutation, *cut) for cut in itertools.pairwise(cuts)]
         means, covariances = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-        target = tokens.take_along_dim(order[..., None], 1)
+        target = tokens.take_along_dim(permutation[..., None], 1)
         return -torch.distributions.MultivariateNormal(means, covariances).log_prob(target)
 
 
@@ -142,7 +155,7 @@ def quadrature(model, process, data, draws, seed, steps, decoder, chunk):
     points = math.sqrt(d) * torch.cat([torch.eye(d), -torch.eye(d)]).double().reshape(-1, 1, *data.shape[1:])
     nodes, weights = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(40))
     path, last = torch.zeros(len(data), dtype=torch.float64), torch.zeros(len(data), dtype=torch.float64)
-    gammas, rates = (f((nodes + 1) / 2) for f in (process.schedule.gamma, process.schedule.rate))
+    gammas, rates = (f((nodes + 1) / 2) for f in (process.schedule.gamma, process.schedule.dgamma_dt))
     for eps in (point.expand_as(white) for point in points):
         for gamma, rate, weight in zip(gammas.split(1), rates.split(1), weights / 2, strict=True):
             square = (eps - model(diffuse(white, gamma, eps), gamma)).square()
@@ -156,62 +169,64 @@ def quadrature(model, process, data, draws, seed, steps, decoder, chunk):
 
 @pytest.mark.parametrize("image", [(1, 2, 3), (2, 1, 3), (6, 1, 1)])
 @pytest.mark.parametrize("raster", [True, False])
-def test_with_exact_conditionals_the_bound_is_the_chain_rules_price(image, raster, monkeypatch):
+def test_with_exact_conditionals_the_bound_is_the_chain_rules_nll(image, raster, monkeypatch):
     monkeypatch.setattr(likelihood, "bound", quadrature)
     data, tokens, process, models = gaussian(image, 8)
     count, d = tokens.shape[1:]
     joint = torch.distributions.MultivariateNormal(cases.MEAN, cases.COVARIANCE)
-    price = -joint.log_prob(mar.patchify(data, 1).flatten(1))
+    nll = -joint.log_prob(mar.patchify(data, 1).flatten(1))
     one_by_one = list(range(count + 1))
     for causal, cuts in ((False, one_by_one), (True, [0, count]), (True, one_by_one)):
-        found = mar.chain(models[causal], process, data, cuts, raster, chunk=5)
-        torch.testing.assert_close(found.nats, price[None], atol=2e-5, rtol=0)  # of every single image
+        found = mar.chain_rule_bound(models[causal], process, data, cuts, raster, chunk=5)
+        torch.testing.assert_close(found.nats, nll[None], atol=2e-5, rtol=0)  # of every single image
         torch.testing.assert_close(found.tokens.sum(-1), found.nats)
-        assert found.bits == pytest.approx(price.mean().item() / cases.D / math.log(2) + 7, abs=1e-5)
+        assert found.bits == pytest.approx(nll.mean().item() / cases.D / math.log(2) + 7, abs=1e-5)
         assert found.curve.shape == (count,) and found.curve.mean().item() == pytest.approx(found.bits)
-        assert found.path.shape == (1, 8, count) and found.dims == cases.D and found.nfe == 2 * count
+        assert found.diffusion.shape == (1, 8, count) and found.dims == cases.D and found.nfe == 2 * count
         if raster:
-            places = models[True].price(tokens, torch.arange(count).expand(8, -1), cuts) + d * math.log(1.4)
+            places = models[True].nll(tokens, torch.arange(count).expand(8, -1), cuts) + d * math.log(1.4)
             torch.testing.assert_close(found.tokens[0], places, atol=2e-5, rtol=0)
 
 
-def test_tokens_drawn_together_are_priced_as_independent_given_those_before(monkeypatch):
+def test_tokens_drawn_together_are_bounded_as_independent_given_those_before(monkeypatch):
     monkeypatch.setattr(likelihood, "bound", quadrature)
     data, tokens, process, models = gaussian((1, 2, 3), 40)
     cuts = [0, 1, 3, 6]
-    order = torch.arange(6).expand(40, -1)
-    found = mar.chain(models[False], process, data, cuts, raster=True)
-    expected = models[False].price(tokens, order, cuts) + math.log(1.4)
+    permutation = torch.arange(6).expand(40, -1)
+    found = mar.chain_rule_bound(models[False], process, data, cuts, raster=True)
+    expected = models[False].nll(tokens, permutation, cuts) + math.log(1.4)
     torch.testing.assert_close(found.tokens[0], expected, atol=2e-5, rtol=0)
     _, tokens, _, models = gaussian((1, 2, 3), 4000)
-    order = torch.arange(6).expand(4000, -1)
-    together, alone = (models[False].price(tokens, order, cut).sum(1).mean() for cut in (cuts, range(7)))
+    permutation = torch.arange(6).expand(4000, -1)
+    together, alone = (models[False].nll(tokens, permutation, cut).sum(1).mean() for cut in (cuts, range(7)))
     assert together > alone + 0.02
 
 
 @pytest.mark.parametrize("raster", [True, False])
 def test_the_random_estimate_agrees_within_its_error(raster):
     data, tokens, process, models = gaussian((1, 2, 3), 4000)
-    price = -torch.distributions.MultivariateNormal(cases.MEAN, cases.COVARIANCE).log_prob(data.flatten(1))
-    found = mar.chain(models[False], process, data, range(7), raster, draws=3, chunk=1500, seed=2)
+    nll = -torch.distributions.MultivariateNormal(cases.MEAN, cases.COVARIANCE).log_prob(data.flatten(1))
+    found = mar.chain_rule_bound(models[False], process, data, range(7), raster, draws=3, chunk=1500, seed=2)
     assert found.nats.shape == (3, 4000)
-    off = (found.nats - price).mean(0)
+    off = (found.nats - nll).mean(0)
     assert abs(off.mean()) < 4 * off.std() / math.sqrt(4000) and off.std() / math.sqrt(4000) < 0.1
     assert found.probe_error < 0.05 and not torch.equal(found.nats[0], found.nats[1])
-    again, other = (mar.chain(models[False], process, data[:9], range(7), raster, seed=s) for s in (2, 3))
-    assert torch.equal(again.nats, mar.chain(models[False], process, data[:9], range(7), raster, seed=2).nats)
+    again, other = (mar.chain_rule_bound(models[False], process, data[:9], range(7), raster, seed=s) for s in (2, 3))
+    assert torch.equal(
+        again.nats, mar.chain_rule_bound(models[False], process, data[:9], range(7), raster, seed=2).nats
+    )
     assert not torch.equal(again.nats, other.nats)
 
 
 def test_decoder_and_steps_are_those_of_the_bound():
     model = build("raster", awake=False, classes=0)
-    data, process = scale(pictures(16)), model.process(mar.noise(model))
+    data, process = scale(pictures(16)), model.process(mar.cosine(model))
     limit, few, exact = (
-        mar.chain(model.given, process, data, [0, 6], True, draws=4, **more)
+        mar.chain_rule_bound(model.conditional, process, data, [0, 6], True, draws=4, **more)
         for more in ({}, {"steps": 5}, {"decoder": "discrete"})
     )
     assert few.bits > limit.bits + 0.1  # five steps cost more than infinitely many
-    assert (exact.width, exact.volume, limit.width) == (1.0, 0.0, likelihood.GREY_LEVEL)
+    assert (exact.width, exact.log_volume, limit.width) == (1.0, 0.0, likelihood.GREY_LEVEL)
     assert abs(exact.bits - limit.bits) < 1.5
 
 
@@ -219,11 +234,11 @@ def test_every_image_and_draw_has_an_order_and_label_of_its_own():
     data, _, process, models = gaussian((1, 2, 3), 50)
     seen = []
 
-    def conditional(tokens, order, start, stop, labels):
-        seen.append((tokens, order, labels))
-        return models[False](tokens, order, start, stop)
+    def conditional(tokens, permutation, start, stop, labels):
+        seen.append((tokens, permutation, labels))
+        return models[False](tokens, permutation, start, stop)
 
-    mar.chain(conditional, process, data, range(7), draws=2, labels=torch.arange(50), chunk=20)
+    mar.chain_rule_bound(conditional, process, data, range(7), draws=2, labels=torch.arange(50), chunk=20)
     assert [len(o) for _, o, _ in seen[::6]] == [20, 20, 10] * 2
     drawn = torch.cat([o for _, o, _ in seen[::6]])
     assert torch.equal(drawn.sort(1).values, torch.arange(6).expand(100, -1)) and len(drawn.unique(dim=0)) > 80
@@ -231,14 +246,16 @@ def test_every_image_and_draw_has_an_order_and_label_of_its_own():
     assert all(torch.equal(a[1], b[1]) for a, b in itertools.pairwise(seen[:6]))
 
 
-@pytest.mark.parametrize("kind", mar.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_sampling_with_exact_conditionals_recovers_the_gaussian(kind, generator, monkeypatch):
     _, _, process, models = gaussian((1, 2, 3), 2)
     torch.manual_seed(0)
     network = mar.Network(kind, (1, 2, 3), 1, **SMALL)
     model = mar.Autoregressor(network, process.basis, process.prior)
     exact = models[False]
-    monkeypatch.setattr(model, "given", lambda tokens, order, a, b, *_: exact(tokens.double(), order, a, b))
+    monkeypatch.setattr(
+        model, "conditional", lambda tokens, permutation, a, b, *_: exact(tokens.double(), permutation, a, b)
+    )
     images, _ = mar.generate(model, process.schedule, 12_000, generator, head_steps=40, method="heun")
     found = images.double().flatten(1)
     torch.testing.assert_close(found.mean(0), cases.MEAN, atol=0.12, rtol=0)
@@ -253,41 +270,41 @@ def test_sampling_with_exact_conditionals_recovers_the_gaussian(kind, generator,
 # Who sees what
 
 
-def influence(model, order, start, stop, labels=None):
-    """d z / d token, its largest absolute value for each place of z and of the order: (stop - start, L)."""
+def influence(model, permutation, start, stop, labels=None):
+    """d z / d token, its largest absolute value for each place of z and of the permutation: (stop - start, L)."""
     tokens = tokens_of(model, 1)
     labels = torch.tensor([1]) if labels is None else labels
     jacobian = torch.autograd.functional.jacobian(
-        lambda x: model.network.trunk(x, order, start, stop, labels)[0].sum(-1) ** 2, tokens
+        lambda x: model.network.trunk(x, permutation, start, stop, labels)[0].sum(-1) ** 2, tokens
     )
-    return jacobian[:, 0].abs().amax(-1)[:, order[0]]
+    return jacobian[:, 0].abs().amax(-1)[:, permutation[0]]
 
 
 @pytest.mark.parametrize("kind", ["raster", "random"])
 def test_a_causal_trunk_sees_what_is_before_and_nothing_else(kind):
     model = build(kind, depth=2)
-    order = torch.arange(6)[None] if kind == "raster" else orders(1)
-    seen = influence(model, order, 0, 6) > 0
+    permutation = torch.arange(6)[None] if kind == "raster" else orders(1)
+    seen = influence(model, permutation, 0, 6) > 0
     assert torch.equal(seen, torch.ones(6, 6).tril(-1).bool())
-    assert torch.equal(influence(model, order, 2, 4) > 0, seen[2:4])
+    assert torch.equal(influence(model, permutation, 2, 4) > 0, seen[2:4])
 
 
 @pytest.mark.parametrize("start", [0, 1, 4])
 def test_a_masked_trunk_sees_what_is_known_and_nothing_else(start):
-    model, order = build("masked"), orders(1)
-    seen = influence(model, order, start, 6) > 0
+    model, permutation = build("masked"), orders(1)
+    seen = influence(model, permutation, start, 6) > 0
     assert torch.equal(seen, (torch.arange(6) < start).expand(6 - start, 6))
 
 
-@pytest.mark.parametrize("kind", mar.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_so_does_the_model_of_a_token(kind):
-    model, order = build(kind), orders(4)
+    model, permutation = build(kind), orders(4)
     tokens, x, gamma = tokens_of(model, 4), cases.randn(8, 1, 2, 2).float(), torch.full((1, 1, 2, 2), -1.0)
-    answer = model.given(tokens, order, 2, 4, LABELS[:4])(x, gamma)
+    answer = model.conditional(tokens, permutation, 2, 4, LABELS[:4])(x, gamma)
     assert answer.shape == x.shape
     for k in range(6):
-        changed = tokens.scatter(1, order[:, k, None, None].expand(-1, 1, 4), 9.0)
-        same = model.given(changed, order, 2, 4, LABELS[:4])(x, gamma) == answer
+        changed = tokens.scatter(1, permutation[:, k, None, None].expand(-1, 1, 4), 9.0)
+        same = model.conditional(changed, permutation, 2, 4, LABELS[:4])(x, gamma) == answer
         causal = kind != "masked"
         assert same.view(4, 2, 4).all(-1).all(0).tolist() == [k >= 2, k >= (3 if causal else 2)]
 
@@ -317,8 +334,8 @@ PLACES = {"random": ["place", "target"], "masked": ["encoder_place", "decoder_pl
 def test_each_embedding_of_places_tells_them_on_its_own(kind, name):
     trunk, tokens = build(kind).network.trunk, torch.ones(1, 6, 4)
 
-    def answer(order):
-        return trunk(tokens, torch.tensor([order]), 3, 6, torch.tensor([0]))
+    def answer(permutation):
+        return trunk(tokens, torch.tensor([permutation]), 3, 6, torch.tensor([0]))
 
     for other in set(PLACES[kind]) - {name}:
         nn.init.zeros_(getattr(trunk, other).weight)
@@ -327,13 +344,13 @@ def test_each_embedding_of_places_tells_them_on_its_own(kind, name):
     torch.testing.assert_close(answer([3, 1, 4, 0, 2, 5]), answer([0, 2, 5, 3, 1, 4]))
 
 
-@pytest.mark.parametrize("kind", mar.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_labels_are_seen_and_none_is_one_more(kind):
-    model, order = build(kind), orders(1)
+    model, permutation = build(kind), orders(1)
     x, gamma = cases.randn(6, 1, 2, 2).float(), torch.zeros(1, 1, 2, 2)
-    answers = [model.given(tokens_of(model, 1), order, 0, 6, torch.tensor([y]))(x, gamma) for y in range(4)]
+    answers = [model.conditional(tokens_of(model, 1), permutation, 0, 6, torch.tensor([y]))(x, gamma) for y in range(4)]
     assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(answers, 2))
-    assert torch.equal(model.given(tokens_of(model, 1), order, 0, 6)(x, gamma), answers[3])
+    assert torch.equal(model.conditional(tokens_of(model, 1), permutation, 0, 6)(x, gamma), answers[3])
 
 
 @pytest.mark.parametrize("name, buffer, size", [("B", 64, 208), ("L", 64, 479), ("H", 64, 943)])
@@ -347,11 +364,11 @@ def test_published_sizes_have_the_published_number_of_parameters(name, buffer, s
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(size, rel=0.01)
 
 
-@pytest.mark.parametrize("kind", mar.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_untrained_model_answers_as_for_independent_normals(kind):
     model = build(kind, awake=False, pca=True)
     x, gamma = cases.randn(10, 1, 2, 2).float(), torch.linspace(-3, 3, 10)[:, None, None, None]
-    answer = model.given(tokens_of(model), orders(5), 2, 4)(x, gamma)
+    answer = model.conditional(tokens_of(model), orders(5), 2, 4)(x, gamma)
     torch.testing.assert_close(answer, gaussian_eps(x, gamma.expand_as(x), model.prior.white_variance.float()))
 
 
@@ -366,26 +383,26 @@ def test_layers_of_an_untrained_head_change_nothing():
 @pytest.mark.parametrize("kind", ["raster", "random"])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_with_its_cache_a_trunk_says_the_same(kind, guidance):
-    model, order = build(kind, depth=2), orders(3)
+    model, permutation = build(kind, depth=2), orders(3)
     tokens, cache = tokens_of(model, 3), model.network.trunk.cache()
     for k in range(6):
         x, gamma = cases.randn(3, 1, 2, 2, seed=k).float(), torch.full((1, 1, 2, 2), -1.0)
-        known = tokens.scatter(1, order[:, k:, None].expand(-1, -1, 4), 0.0)  # the rest isn't there yet
-        cached = model.given(known, order, k, k + 1, LABELS[:3], guidance, cache)(x, gamma)
-        whole = model.given(tokens, order, k, k + 1, LABELS[:3], guidance)(x, gamma)
+        known = tokens.scatter(1, permutation[:, k:, None].expand(-1, -1, 4), 0.0)  # the rest isn't there yet
+        cached = model.conditional(known, permutation, k, k + 1, LABELS[:3], guidance, cache)(x, gamma)
+        whole = model.conditional(tokens, permutation, k, k + 1, LABELS[:3], guidance)(x, gamma)
         torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_the_cache_saves_most_of_the_work(monkeypatch):
     torch.manual_seed(0)
-    model, rows, flops, drawn = mar.build("raster", cases.randn(4, 1, 28, 28).float(), 4, **SMALL).eval(), [], [], []
+    model, rows, flops, drawn = fresh("raster", cases.randn(4, 1, 28, 28).float(), 4, **SMALL).eval(), [], [], []
     for block in model.network.trunk.blocks:
         block.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
     for cached in (True, False):
         if not cached:
             monkeypatch.setattr(model.network.trunk, "cache", lambda: None)
         with FlopCounterMode(display=False) as counter:
-            images, _ = mar.generate(model, mar.noise(model), 2, torch.Generator().manual_seed(0), head_steps=1)
+            images, _ = mar.generate(model, mar.cosine(model), 2, torch.Generator().manual_seed(0), head_steps=1)
         drawn.append(images)
         flops.append(sum(counter.get_flop_counts()["Causal"].values()))
     torch.testing.assert_close(*drawn, atol=1e-4, rtol=1e-4)
@@ -395,10 +412,10 @@ def test_the_cache_saves_most_of_the_work(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["raster", "random"])
 def test_a_causal_trunk_answers_one_by_one_as_all_at_once(kind):
-    model, order, tokens = build(kind, depth=2), orders(3), tokens_of(build(kind), 3)
-    together = model.network.trunk(tokens, order, 0, 6, LABELS[:3])
+    model, permutation, tokens = build(kind, depth=2), orders(3), tokens_of(build(kind), 3)
+    together = model.network.trunk(tokens, permutation, 0, 6, LABELS[:3])
     for k in range(6):
-        torch.testing.assert_close(model.network.trunk(tokens, order, k, k + 1, LABELS[:3])[:, 0], together[:, k])
+        torch.testing.assert_close(model.network.trunk(tokens, permutation, k, k + 1, LABELS[:3])[:, 0], together[:, k])
 
 
 @given(st.integers(1, 300), st.data())
@@ -429,47 +446,47 @@ def test_generation_asks_for_every_token_once_and_puts_it_in_its_place(kind, ste
         white = torch.full((n, 1, 2, 2), float(len(asked)), dtype=torch.float64)
         return replace(real(given, process, n, *args, **kwargs), white=white)
 
-    def given(tokens, order, start, stop, *args):
-        known = tokens.take_along_dim(order[..., None], 1)[..., 0]
+    def given(tokens, permutation, start, stop, *args):
+        known = tokens.take_along_dim(permutation[..., None], 1)[..., 0]
         assert (known[:, start:] == 0).all() and (known[:, :start] > 0).all()
-        asked.append((order, start, stop))
-        return inner(tokens, order, start, stop, *args)
+        asked.append((permutation, start, stop))
+        return inner(tokens, permutation, start, stop, *args)
 
-    real, inner = samplers.sample, model.given
+    real, inner = samplers.sample, model.conditional
     monkeypatch.setattr(samplers, "sample", constant)
-    monkeypatch.setattr(model, "given", given)
-    images, order = mar.generate(model, mar.noise(model), 5, generator, steps, 2)
+    monkeypatch.setattr(model, "conditional", given)
+    images, permutation = mar.generate(model, mar.cosine(model), 5, generator, steps, 2)
     assert images.shape == (5, *SHAPE) and images.dtype == torch.float32
     cuts = list(itertools.pairwise([0, 1, 3, 6] if steps == 3 else range(7)))
-    assert [(a, b) for _, a, b in asked] == cuts and all(torch.equal(o, order) for o, *_ in asked)
-    assert torch.equal(order.sort(1).values, torch.arange(6).expand(5, -1))
-    assert (order == torch.arange(6)).all() == (kind == "raster")
+    assert [(a, b) for _, a, b in asked] == cuts and all(torch.equal(o, permutation) for o, *_ in asked)
+    assert torch.equal(permutation.sort(1).values, torch.arange(6).expand(5, -1))
+    assert (permutation == torch.arange(6)).all() == (kind == "raster")
     when = torch.tensor([i + 1.0 for i, (a, b) in enumerate(cuts) for _ in range(a, b)])
-    tokens = model.tokens(images).take_along_dim(order[..., None], 1)
+    tokens = model.tokens(images).take_along_dim(permutation[..., None], 1)
     torch.testing.assert_close(tokens, when[None, :, None].expand_as(tokens), atol=1e-4, rtol=1e-4)
 
 
 # Guidance and temperature
 
 
-@pytest.mark.parametrize("kind", mar.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_guidance_is_a_line_through_both_predictions(kind):
-    model, order = build(kind), orders(4)
+    model, permutation = build(kind), orders(4)
     tokens, x, gamma = tokens_of(model, 4), cases.randn(4, 1, 2, 2).float(), torch.full((1, 1, 2, 2), -1.0)
-    by = {w: model.given(tokens, order, 3, 4, LABELS[:4], w)(x, gamma) for w in (0.0, 1.0, 3.0)}
-    without = model.given(tokens, order, 3, 4)(x, gamma)
+    by = {w: model.conditional(tokens, permutation, 3, 4, LABELS[:4], w)(x, gamma) for w in (0.0, 1.0, 3.0)}
+    without = model.conditional(tokens, permutation, 3, 4)(x, gamma)
     torch.testing.assert_close(by[0.0], without)
     torch.testing.assert_close(by[3.0], without + 3 * (by[1.0] - without), atol=1e-5, rtol=1e-5)
     assert (by[3.0] - by[1.0]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", mar.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_guidance_of_one_is_none_exactly_and_costs_nothing(kind):
     model, rows = build(kind), []
     model.network.head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     options = dict(n=4, head_steps=3, labels=LABELS[:4])
     plain, one, constant, two = (
-        mar.generate(model, mar.noise(model), generator=torch.Generator().manual_seed(5), **options, **more)[0]
+        mar.generate(model, mar.cosine(model), generator=torch.Generator().manual_seed(5), **options, **more)[0]
         for more in ({}, {"guidance": 1.0}, {"guidance": 1.0, "guidance_schedule": "constant"}, {"guidance": 2.0})
     )
     assert torch.equal(plain, one) and torch.equal(plain, constant) and not torch.equal(plain, two)
@@ -479,13 +496,13 @@ def test_guidance_of_one_is_none_exactly_and_costs_nothing(kind):
 @pytest.mark.parametrize("kind, steps", [("masked", 3), ("random", 6)])
 def test_guidance_grows_with_what_is_known_or_not_at_all(kind, steps, generator, monkeypatch):
     model, seen = build(kind), []
-    inner = model.given
-    monkeypatch.setattr(model, "given", lambda *args: seen.append(args[5]) or inner(*args))
+    inner = model.conditional
+    monkeypatch.setattr(model, "conditional", lambda *args: seen.append(args[5]) or inner(*args))
     options = dict(n=2, generator=generator, steps=steps, head_steps=1, labels=LABELS[:2], guidance=4.0)
-    mar.generate(model, mar.noise(model), **options)
+    mar.generate(model, mar.cosine(model), **options)
     assert seen == pytest.approx([1.5, 2.5, 4] if steps == 3 else [1.5, 2, 2.5, 3, 3.5, 4])
     seen.clear()
-    mar.generate(model, mar.noise(model), **options, guidance_schedule="constant")
+    mar.generate(model, mar.cosine(model), **options, guidance_schedule="constant")
     assert seen == [4.0] * steps
 
 
@@ -505,11 +522,11 @@ def test_temperature_scales_the_noise_of_the_steps_and_not_the_start(temperature
     assert found.white.var().item() == pytest.approx(variance.item(), rel=0.03)
 
 
-@pytest.mark.parametrize("kind", mar.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_cold_tokens_vary_less_and_one_is_the_default(kind):
     model = build(kind, awake=False)
     default, *by = (
-        mar.generate(model, mar.noise(model), 300, torch.Generator().manual_seed(1), head_steps=8, **more)[0]
+        mar.generate(model, mar.cosine(model), 300, torch.Generator().manual_seed(1), head_steps=8, **more)[0]
         for more in ({}, {"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 0.0})
     )
     assert torch.equal(default, by[0])
@@ -520,11 +537,11 @@ def test_cold_tokens_vary_less_and_one_is_the_default(kind):
 # Training
 
 
-def trainer(kind="masked", settings=QUICK, checkpoint=None, seed=0, awake=False, **options):
+def trainer(kind="masked", config=QUICK, checkpoint=None, seed=0, awake=False, **options):
     model = build(kind, seed, awake, **options)
     model.train()
     labels = LABELS if model.network.classes else None
-    return mar.Trainer(model, pictures(), labels, mar.noise(model), settings, checkpoint)
+    return mar.MarTrainer(model, pictures(), labels, mar.cosine(model), config, checkpoint)
 
 
 class Spy(nn.Module):
@@ -535,36 +552,36 @@ class Spy(nn.Module):
         return torch.zeros_like(gamma)
 
 
-def spied(kind, settings):
-    t = trainer(kind, settings)
+def spied(kind, config):
+    t = trainer(kind, config)
     t.denoiser.network = Spy()
     return t
 
 
-def watched(kind, settings, monkeypatch, index=0):
+def watched(kind, config, monkeypatch, index=0):
     """One batch of the loss: trainer, loss, error, and what was noised: (white, gamma, eps)."""
-    t, noised, inner = spied(kind, settings), [], mar.diffuse
-    monkeypatch.setattr(mar, "diffuse", lambda *args: noised.append(args) or inner(*args))
+    t, noised, inner = spied(kind, config), [], mar_training.diffuse
+    monkeypatch.setattr(mar_training, "diffuse", lambda *args: noised.append(args) or inner(*args))
     return t, *t.loss(index), *noised[0]
 
 
-def contexts(kind, settings, batches):
+def contexts(kind, config, batches):
     """What the network is told of several batches, apart from what it is to denoise."""
-    t = spied(kind, settings)
+    t = spied(kind, config)
     for index in range(batches):
         t.loss(index)
         yield t.denoiser.network.context
 
 
-@pytest.mark.parametrize("kind", mar.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_noises_each_unknown_token_several_times(kind, monkeypatch):
-    settings = replace(QUICK, batch=32, repeats=3, masking=(0.0, 10.0))
-    t, loss, error, white, gamma, eps = watched(kind, settings, monkeypatch, 2)
-    tokens, order, start, labels, repeats = t.denoiser.network.context
+    config = replace(QUICK, batch=32, repeats=3, masking=(0.0, 10.0))
+    t, loss, error, white, gamma, eps = watched(kind, config, monkeypatch, 2)
+    tokens, permutation, start, labels, repeats = t.denoiser.network.context
     assert start == (3 if kind == "masked" else 0) and repeats == 3 and tokens.shape == (32, 6, 4)
-    assert torch.equal(order.sort(1).values, torch.arange(6).expand(32, -1))
-    assert (order == torch.arange(6)).all() == (kind == "raster")
-    asked = tokens.take_along_dim(order[:, start:, None], 1)
+    assert torch.equal(permutation.sort(1).values, torch.arange(6).expand(32, -1))
+    assert (permutation == torch.arange(6)).all() == (kind == "raster")
+    asked = tokens.take_along_dim(permutation[:, start:, None], 1)
     assert torch.equal(white.view(32, 6 - start, 3, 4), asked[:, :, None].expand(-1, -1, 3, -1))
     known = t.model.tokens(scale(pictures())).flatten(1)
     nearest = torch.cdist(tokens.flatten(1), known).min(1)
@@ -586,7 +603,7 @@ def test_likelihood_weights_are_the_slopes_of_gamma(monkeypatch):
     for weighting in training.WEIGHTINGS:
         t, loss, error, _, gamma, _ = watched("raster", replace(QUICK, weighting=weighting), monkeypatch)
         times = torch.linspace(0, 1, 20_001, dtype=torch.float64)
-        levels, slopes = (f(times)[:, 0, 0, 0] for f in (t.schedule.gamma, t.schedule.rate))
+        levels, slopes = (f(times)[:, 0, 0, 0] for f in (t.schedule.gamma, t.schedule.dgamma_dt))
         slope = slopes[torch.searchsorted(levels, gamma[:, 0, 0, 0].double())].float()[:, None, None, None]
         weight = slope / slope.mean() if weighting == "likelihood" else torch.ones_like(slope)
         torch.testing.assert_close(loss, (weight * error).mean(), rtol=2e-3, atol=0)
@@ -631,10 +648,10 @@ def copies(n=512):
     return (token + torch.randint(-3, 4, (n, *SHAPE), generator=generator)).to(torch.uint8)
 
 
-@pytest.mark.parametrize("kind", mar.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_learns_and_context_helps(kind):
-    settings = mar.Settings(steps=100, batch=32, warmup=10, rate=5e-3, repeats=2, ema=0.9, masking=(0.0, 10.0))
-    t = trainer(kind, settings, dropout=0.0, classes=0)
+    config = mar.MarTrainingConfig(steps=100, batch=32, warmup=10, lr=5e-3, repeats=2, ema=0.9, masking=(0.0, 10.0))
+    t = trainer(kind, config, dropout=0.0, classes=0)
     t.images = copies()
     with torch.no_grad():
         before = sum(t.loss(10_000 + i)[0].item() for i in range(10))
@@ -645,12 +662,12 @@ def test_training_learns_and_context_helps(kind):
         after = sum(t.loss(10_000 + i)[0].item() for i in range(10))
     assert after < 0.9 * before and not model.training
     cuts = range(7) if kind == "masked" else [0, 6]
-    data, process = scale(copies(128)), model.process(mar.noise(model))
-    curve = mar.chain(model.given, process, data, cuts, kind == "raster", draws=2).curve
+    data, process = scale(copies(128)), model.process(mar.cosine(model))
+    curve = mar.chain_rule_bound(model.conditional, process, data, cuts, kind == "raster", draws=2).curve
     assert curve[1:].mean() < curve[0] - 0.2
 
 
-@pytest.mark.parametrize("kind", mar.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", [3, 4])
 def test_a_stopped_run_goes_on_bit_for_bit_as_if_it_had_not_been(kind, stop, tmp_path):
     whole = trainer(kind)
@@ -678,16 +695,17 @@ def test_dropout_is_the_steps_own_and_leaves_the_global_stream_alone():
 
 
 def test_the_average_and_not_the_last_weights_are_handed_out():
-    t = trainer(settings=replace(QUICK, rate=1e-2, ema=0.9))
+    t = trainer(config=replace(QUICK, lr=1e-2, ema=0.9))
     list(t.run())
     pairs = zip(t.averaged().network.parameters(), t.plain.parameters(), strict=True)
     assert max((a - b).abs().max() for a, b in pairs) > 1e-4
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_checkpoint_of_another_kind_or_setting_is_refused(tmp_path):
     file = tmp_path / "c.safetensors"
     trainer("masked", checkpoint=file).save(file)
-    for other, name in ((dict(kind="random"), "network"), (dict(settings=replace(QUICK, repeats=1)), "settings")):
+    for other, name in ((dict(kind="random"), "network"), (dict(config=replace(QUICK, repeats=1)), "config")):
         with pytest.raises(ValueError, match=rf"c.safetensors belongs to another run, which had {name} = "):
             trainer(**other, checkpoint=file)
     with pytest.raises(ValueError, match="state of a training run"):
@@ -695,7 +713,7 @@ def test_a_checkpoint_of_another_kind_or_setting_is_refused(tmp_path):
 
 
 def test_the_noise_is_the_cosine_and_its_ends_are_tame():
-    schedule = mar.noise(build("raster"))
+    schedule = mar.cosine(build("raster"))
     ends = schedule.gamma(torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert schedule.shape == (1, 2, 2) and ends.flatten(1).unique(dim=1).flatten().tolist() == pytest.approx([-10, 7])
     middle = torch.tensor([0.5], dtype=torch.float64)
@@ -705,15 +723,18 @@ def test_the_noise_is_the_cosine_and_its_ends_are_tame():
 # Files
 
 
-@pytest.mark.parametrize("kind", mar.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pca", [False, True])
 def test_a_saved_model_says_the_same(kind, pca, tmp_path):
     model = build(kind, pca=pca)
     mar.save(model, tmp_path / "m.safetensors", card={"seconds": 3})
     again = mar.load(tmp_path / "m.safetensors")
     assert denoiser.card(tmp_path / "m.safetensors") == {"seconds": 3} and not again.training
-    images, order, x = scale(pictures(3)), orders(3), cases.randn(6, 1, 2, 2).float()
-    answers = [m.given(m.tokens(images), order, 2, 4, LABELS[:3])(x, torch.zeros(1, 1, 2, 2)) for m in (model, again)]
+    images, permutation, x = scale(pictures(3)), orders(3), cases.randn(6, 1, 2, 2).float()
+    answers = [
+        m.conditional(m.tokens(images), permutation, 2, 4, LABELS[:3])(x, torch.zeros(1, 1, 2, 2))
+        for m in (model, again)
+    ]
     assert torch.equal(*answers)
     assert again.network.config == model.network.config and torch.equal(model.tokens(images), again.tokens(images))
 
@@ -729,9 +750,10 @@ def test_a_half_saved_model_is_half_as_big_and_nearly_the_same(tmp_path):
         assert value.dtype == exact.dtype
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_files_of_the_other_sort_are_refused(tmp_path):
     mar.save(build("masked"), tmp_path / "m")
-    with pytest.raises(ValueError, match="got 'masked'"):
+    with pytest.raises(ValueError, match="of kind 'masked'; use gudlib.mar.load"):
         denoiser.load(tmp_path / "m")
     basis = bases.DCT((1, 4, 4))
     prior = priors.whitened(priors.measure(basis, cases.randn(9, 1, 4, 4)))
@@ -744,7 +766,7 @@ def test_files_of_the_other_sort_are_refused(tmp_path):
 # Errors
 
 REFUSED = {
-    "size of a patch must divide height 6 and width 4; got 3": lambda: mar.build("raster", scale(pictures()), 3),
+    "size of a patch must divide height 6 and width 4; got 3": lambda: fresh("raster", scale(pictures()), 3),
     "got 0": lambda: mar.patchify(scale(pictures()), 0),
     "kind must be one of .*got 'causal'": lambda: build("causal"),
     "width must be a multiple of heads, 3; got 16": lambda: build("masked", heads=3),
@@ -757,35 +779,36 @@ REFUSED = {
     "of shape .3,.": lambda: sampled(labels=torch.tensor([0, 1, 2])),
     "got torch.float32": lambda: sampled(labels=torch.tensor([0.0, 1.0])),
     ", -1 to 1": lambda: sampled(labels=torch.tensor([-1, 1])),
-    "repeats must be at least 1; got 0": lambda: mar.Settings(repeats=0),
-    "drop must lie between 0 and 1; got 1.5": lambda: mar.Settings(drop=1.5),
-    r"masking must be .*got \(1.0, 0.25\)": lambda: mar.Settings(masking=(1.0, 0.25)),
-    r"masking must be .*got \(0.7, 0\)": lambda: mar.Settings(masking=(0.7, 0)),
-    "batch must be at least 1; got 0": lambda: mar.Settings(batch=0),
-    "labels must be given .* it has 3": lambda: mar.Trainer(build("raster"), pictures(), None, None, QUICK),
-    "labels must be given .* it has 0": lambda: mar.Trainer(
+    "repeats must be at least 1; got 0": lambda: mar.MarTrainingConfig(repeats=0),
+    "drop must lie between 0 and 1; got 1.5": lambda: mar.MarTrainingConfig(drop=1.5),
+    r"masking must be .*got \(1.0, 0.25\)": lambda: mar.MarTrainingConfig(masking=(1.0, 0.25)),
+    r"masking must be .*got \(0.7, 0\)": lambda: mar.MarTrainingConfig(masking=(0.7, 0)),
+    "batch must be at least 1; got 0": lambda: mar.MarTrainingConfig(batch=0),
+    "labels must be given .* it has 3": lambda: mar.MarTrainer(build("raster"), pictures(), None, None, QUICK),
+    "labels must be given .* it has 0": lambda: mar.MarTrainer(
         build("raster", classes=0), pictures(), LABELS, None, QUICK
     ),
-    "labels must be 64 integers": lambda: mar.Trainer(build("raster"), pictures(), LABELS[1:], None, QUICK),
-    r"uint8 of shape \(n, 1, 6, 4\); got torch.uint8 of shape \(64, 1, 6, 2\)": lambda: mar.Trainer(
+    "labels must be 64 integers": lambda: mar.MarTrainer(build("raster"), pictures(), LABELS[1:], None, QUICK),
+    r"uint8 of shape \(n, 1, 6, 4\); got torch.uint8 of shape \(64, 1, 6, 2\)": lambda: mar.MarTrainer(
         build("raster", classes=0), pictures()[..., :2], None, None, QUICK
     ),
-    r"cuts must rise from 0 to the number of tokens, 6; got \[0, 3, 3, 6\]": lambda: priced([0, 3, 3, 6]),
-    r"got \[1, 6\]": lambda: priced([1, 6]),
-    r"got \[0, 5\]": lambda: priced([0, 5]),
+    r"cuts must rise from 0 to the number of tokens, 6; got \[0, 3, 3, 6\]": lambda: bounded([0, 3, 3, 6]),
+    r"got \[1, 6\]": lambda: bounded([1, 6]),
+    r"got \[0, 5\]": lambda: bounded([0, 5]),
 }  # fmt: skip
 
 
 def sampled(kind="masked", **options):
     model = build(kind)
-    return mar.generate(model, mar.noise(model), 2, torch.Generator(), **options)
+    return mar.generate(model, mar.cosine(model), 2, torch.Generator(), **options)
 
 
-def priced(cuts):
+def bounded(cuts):
     data, _, process, models = gaussian((1, 2, 3), 2)
-    return mar.chain(models[False], process, data, cuts)
+    return mar.chain_rule_bound(models[False], process, data, cuts)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_makes_no_sense_is_refused(message):
     with pytest.raises(ValueError, match=message):

@@ -89,11 +89,11 @@ def test_equal_snr_and_equal_joint_law_of_any_two_times(**parts):
 
 @each_pair
 def test_one_noise_makes_one_path(**parts):
-    """Walked by the SDE's transitions; over alpha each is X_0 plus one Brownian motion at the clock S^2 e^gamma."""
+    """Followed by the SDE's transitions; over alpha each is X_0 plus one Brownian motion of variance S^2 e^gamma."""
     one, other = pair(**parts)
     grid, noise, data = times(21), randn(21, *SHAPE, seed=6), randn(1, *SHAPE, seed=7)
 
-    def walk(p):
+    def trajectory(p):
         gamma = p.schedule.gamma(grid)
         states = [diffuse(p.white(data)[0], gamma[0], noise[0])]
         for now, then, z in zip(gamma[:-1], gamma[1:], noise[1:], strict=True):
@@ -101,10 +101,10 @@ def test_one_noise_makes_one_path(**parts):
             states.append(keep * states[-1] + (1 - keep**2).sqrt() * z)  # variance-preserving
         return torch.stack(states)
 
-    close(walk(other), factor(one, other, grid) * walk(one), 1e-7)  # 1 - keep^2 cancels
-    clock = one.prior.scale**2 * one.schedule.gamma(grid).exp()
-    motion = (torch.cat([clock[:1], clock.diff(dim=0)]).sqrt() * noise).cumsum(0)
-    images = one.prior.scale * walk(one) / one.schedule.alpha(grid)
+    close(trajectory(other), factor(one, other, grid) * trajectory(one), 1e-7)  # 1 - keep^2 cancels
+    variance = one.prior.scale**2 * one.schedule.gamma(grid).exp()
+    motion = (torch.cat([variance[:1], variance.diff(dim=0)]).sqrt() * noise).cumsum(0)
+    images = one.prior.scale * trajectory(one) / one.schedule.alpha(grid)
     close(images, one.basis(data) - one.prior.mean + motion, 1e-7)
 
 
@@ -136,9 +136,7 @@ def test_euler_maruyama_respects_it_only_in_the_limit_of_small_steps():
         grid, x = torch.linspace(1, 0, steps + 1, dtype=torch.float64), randn(3, *SHAPE, seed=8)
         y = factor(one, other, END) * x
         for t, s in zip(grid[:-1], grid[1:], strict=True):
-            x, y = (
-                samplers.euler_maruyama(model(p), p, state, t, s).mean for p, state in ((one, x), (other, y))
-            )
+            x, y = (samplers.euler_maruyama(model(p), p, state, t, s).mean for p, state in ((one, x), (other, y)))
         apart.append(float((factor(one, other, START) * x - y).abs().max() / y.abs().max()))
     assert apart[0] > 1e-3 and math.log2(apart[0] / apart[1]) == pytest.approx(1, abs=0.1)
 

@@ -186,6 +186,7 @@ def test_multi_information_vanishes_in_the_eigenbasis_and_ignores_scales():
     assert priors.multi_information(singular, 1.0) > 0
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input_is_refused_with_what_was_given():
     m, k = moments(), bases.Fourier(SHAPE).label("wavenumber")
     for floor in (0.0, 1.0, -1.0):

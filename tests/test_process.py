@@ -97,6 +97,7 @@ def test_velocity_prediction_is_the_derivative_along_the_circle():
     torch.testing.assert_close(from_eps(eps, "v", chi, 2 * phi.tan().log()), v)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_kinds_are_refused_with_the_known_ones():
     for convert in (to_eps, from_eps):
         with pytest.raises(ValueError, match="eps, x0, score, v; got 'noise'"):
@@ -131,7 +132,7 @@ def test_rescaling_lemma_same_paths_up_to_a_known_factor():
     here = scale * diffuse(white, one.schedule.gamma(t), eps)  # components less their mean
     there = diffuse(scale * white, other.schedule.gamma(t), eps)
     torch.testing.assert_close(there, factor * here)
-    # the clock of chi_0 + Brownian motion at S^2 e^gamma, which fixes the law of the whole path
+    # the variance of chi_0 + Brownian motion at S^2 e^gamma, which fixes the law of the whole path
     torch.testing.assert_close(scale**2 * one.schedule.gamma(t).exp(), other.schedule.gamma(t).exp())
 
 
@@ -190,6 +191,7 @@ def test_along_another_schedule_shares_basis_and_prior():
     assert moved.schedule is other and moved.basis is process.basis and moved.prior is process.prior
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_pieces_of_different_shapes_are_refused_with_their_shapes():
     process = make()
     with pytest.raises(ValueError, match=r"'schedule': \(1, 2, 4\)"):

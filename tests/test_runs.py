@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ import psutil
 import pytest
 import yaml
 
-from gudlib import __main__, notebooks, runs
+from gudlib import __main__
+from gudlib.book import notebooks, runs
 
 PARAMETERS = """steps: int = 2  # how many
 rate: float = 1e-3
@@ -107,6 +109,7 @@ def test_done_is_skipped_until_notebook_or_parameters_change(tmp_path):
     assert [status(job), status(job)] == ["failed", "failed"]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
@@ -310,33 +313,42 @@ def test_a_sweep_without_its_file_or_notebook_exits_2(tmp_path, monkeypatch, cap
 # Sweeps: what a point depends on
 
 
+EVERYTHING = "designs bases data book book.claims mar mar.model"
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
         ("x = 1", ""),
         ("from gudlib import designs", "designs bases data"),
-        ("from gudlib import designs as d, ledger", "designs bases data ledger"),
+        ("from gudlib import designs as d, mar", "designs bases data mar mar.model"),
+        ("from gudlib.book import claims", "book book.claims"),
+        ("from gudlib.mar.model import build", "mar mar.model bases"),
         ("def f():\n    from gudlib.designs import Design", "designs bases data"),
         ("%matplotlib inline\n!ls\nfrom gudlib import bases", "bases"),
         ("# from gudlib import designs\nimport os, torch\nfrom pathlib import Path", ""),
-        ("x = !ls", "designs bases data ledger doctor"),  # not Python: anything may be used
-        ("import gudlib", "designs bases data ledger doctor"),
-        ("import os, gudlib.bases as b", "designs bases data ledger doctor"),
-        ("from gudlib import *", "designs bases data ledger doctor"),
+        ("x = !ls\nfrom gudlib import bases", "bases"),  # not Python
+        ("from gudlib import (\n    data,\n    designs,\n)", "designs bases data"),
+        ("import gudlib", EVERYTHING),
+        ("import os, gudlib.bases as b", EVERYTHING),
+        ("from gudlib import *", EVERYTHING),
     ],
 )
 def test_a_point_depends_on_the_modules_that_its_notebook_imports(tmp_path, monkeypatch, source, expected):
-    sources = {"__init__": "", "bases": "import math", "data": "", "ledger": "", "doctor": "from gudlib import data"}
+    sources = {"__init__": "", "bases": "import math", "data": "", "book/__init__": "", "book/claims": ""}
+    sources |= {"mar/__init__": "from gudlib.mar.model import build", "mar/model": "from gudlib import bases"}
     sources["designs"] = "from gudlib import bases\nfrom gudlib.data import scale"
+    package = tmp_path / "gudlib"
     for name, text in sources.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+        (package / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.setattr(runs, "PACKAGE", package)
     job = runs.Job(write(tmp_path / "a.ipynb", source, "y = 2"), tmp_path, {"steps": 1, "rate": 0.5})
     key, changed = runs._key(job), set()
     for name, text in sources.items():
-        (tmp_path / f"{name}.py").write_text(text + "\n# changed")
-        changed |= {name} if runs._key(job) != key else set()
-        (tmp_path / f"{name}.py").write_text(text)
+        (package / f"{name}.py").write_text(text + "\n# changed")
+        changed |= {name.removesuffix("/__init__").replace("/", ".")} if runs._key(job) != key else set()
+        (package / f"{name}.py").write_text(text)
     assert changed == {"__init__", *expected.split()}
     assert runs._key(runs.Job(job.notebook, tmp_path / "elsewhere", {"rate": 0.5, "steps": 1}, fresh=True)) == key
     assert runs._key(runs.Job(job.notebook, tmp_path, {"steps": 2, "rate": 0.5})) != key
@@ -377,7 +389,7 @@ def pretend(tmp_path, monkeypatch):
     monkeypatch.setattr("papermill.execute_notebook", execute)
     monkeypatch.setattr("nbconvert.HTMLExporter.from_filename", lambda *_: ("", {}))
     monkeypatch.setattr(runs, "_git", lambda *_: "")
-    write(tmp_path / "a.ipynb", "from gudlib import ledger")
+    write(tmp_path / "a.ipynb", "from gudlib.book import claims")
     told.name, told.sweep = "a", sweep
     return told
 
@@ -396,7 +408,7 @@ def test_what_is_done_is_not_run_again_until_it_changes(tmp_path, pretend):
     status, frame, ran = pretend.sweep((4, 2))  # rows of other points are dropped, in the order that is asked for
     assert (status, ran) == (["completed", "skipped"], [4]) and frame.steps.tolist() == [4, 2]
     assert pretend.sweep()[0::2] == (["skipped"] * 3, [])  # but not what they found
-    write(tmp_path / "a.ipynb", "from gudlib import ledger", "# changed")
+    write(tmp_path / "a.ipynb", "from gudlib.book import claims", "# changed")
     pretend.bad = {2}
     status, frame, ran = pretend.sweep()
     assert (status, ran) == (["completed", "failed", "completed"], [1, 2, 3])
@@ -405,20 +417,18 @@ def test_what_is_done_is_not_run_again_until_it_changes(tmp_path, pretend):
 
 def test_rows_of_other_code_are_gone_before_the_first_point_is_done(tmp_path, pretend):
     pretend.sweep()
-    write(tmp_path / "a.ipynb", "from gudlib import ledger", "# changed")
+    write(tmp_path / "a.ipynb", "from gudlib.book import claims", "# changed")
     pretend.report = lambda parameters: {"seen": len(read(tmp_path / "out/table.parquet")), "square": 0}
     _, frame, _ = pretend.sweep((1,))
     assert frame.seen.tolist() == [0]
 
 
 def test_a_changed_module_runs_those_again_that_import_it(tmp_path, monkeypatch, pretend):
-    package = tmp_path / "package"
-    package.mkdir()
-    for path in Path(runs.__file__).parent.glob("*.py"):
-        (package / path.name).write_text(path.read_text())
-    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
+    package = tmp_path / "gudlib"
+    shutil.copytree(runs.PACKAGE, package)
+    monkeypatch.setattr(runs, "PACKAGE", package)
     pretend.sweep((1, 2))
-    for name, status in (("doctor", "skipped"), ("ledger", "completed")):
+    for name, status in (("book/doctor", "skipped"), ("book/claims", "completed")):
         (package / f"{name}.py").write_text("# changed")
         assert pretend.sweep((1, 2))[0] == [status] * 2
 
@@ -486,7 +496,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Complete
     """One sweep of three points, the first of which fails; the command runs in this process, to save time."""
     folder = tmp_path_factory.mktemp("swept")
     bad = "from pathlib import Path\nassert steps < 3 or Path('mended').exists(), 'three'"
-    report = "from gudlib import ledger\nledger.report('tiny', {'sum': sum(sizes), 'doubled': [2 * x for x in sizes]})"
+    report = (
+        "from gudlib.book import claims\nclaims.report('tiny', {'sum': sum(sizes), 'doubled': [2 * x for x in sizes]})"
+    )
     write(folder / "tiny.ipynb", bad, report)
     grids = "[{steps: [3, 1], sizes: [[1.0, 2.0]]}, {steps: 1, sizes: [[1.0, 2.0], []]}]"
     (folder / "grid.yaml").write_text(f"notebook: {folder}/tiny.ipynb\nparameters: {{name: '7'}}\ngrids: {grids}\n")
@@ -534,11 +546,11 @@ def test_a_mended_point_runs_alone_in_another_process_too(swept, monkeypatch):
 def test_threads_of_one_process_keep_their_points_apart(tmp_path, monkeypatch):
     """Two kernels run at the same time, each with its own results folder; our process stays as it was."""
     together = """import os, time, pathlib
-from gudlib import ledger
+from gudlib.book import claims
 pathlib.Path(f"{steps}.here").touch()
 end = time.monotonic() + 60
 while len(list(pathlib.Path().glob("*.here"))) < 2 and time.monotonic() < end: time.sleep(0.05)"""
-    report = "ledger.report('a', {'folder': os.getcwd(), 'results': os.environ['GUDLIB_RESULTS'], 'n': steps})"
+    report = "claims.report('a', {'folder': os.getcwd(), 'results': os.environ['GUDLIB_RESULTS'], 'n': steps})"
     (tmp_path / "notebooks").mkdir()
     notebook = write(tmp_path / "notebooks/a.ipynb", together, report)
     monkeypatch.setenv("GUDLIB_RESULTS", "ours")
@@ -555,7 +567,7 @@ while len(list(pathlib.Path().glob("*.here"))) < 2 and time.monotonic() < end: t
 
 def test_a_sweep_that_was_killed_or_interrupted_goes_on_with_the_rest(tmp_path, capsys):
     wait = "import time, pathlib\nwhile steps > 1 and not pathlib.Path('go').exists(): time.sleep(0.1)"
-    report = "from gudlib import ledger\nledger.report('a', {'square': steps**2})"
+    report = "from gudlib.book import claims\nclaims.report('a', {'square': steps**2})"
     write(tmp_path / "a.ipynb", wait, report)
     (tmp_path / "grid.yaml").write_text(f"notebook: {tmp_path}/a.ipynb\ngrids: [{{steps: [1, 2]}}]\n")
     table, arguments = tmp_path / "out/grid.parquet", [tmp_path / "grid.yaml", "--jobs", 1, "--out", tmp_path / "out"]

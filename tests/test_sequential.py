@@ -16,6 +16,7 @@ from gudlib.process import Process
 
 W = 8
 
+
 def apart(n):
     return (torch.arange(n)[:, None] - torch.arange(n)).double().abs()
 
@@ -72,7 +73,7 @@ def root(covariance):
 PATHS = {
     "common": lambda p: schedules.linear(p.mean.shape, LOW, 10.0),
     "columns": lambda p: schedules.sequential(COLUMN, 0.5, LOW, 10.0),
-    "soft": lambda p: schedules.soft_conditioning(p.order, 1.5, p.log_variance, LOW, 10.0, caps=(LOW, 10.0)),
+    "soft": lambda p: schedules.soft_conditioning(p.order, 1.5, p.log_variance, LOW, 10.0, LOW, 10.0),
 }
 SCATTERED = torch.tensor([1, 0, 0, 0, 1, 1]).bool().view(1, 2, 3)
 HOLES = {
@@ -151,6 +152,7 @@ def test_with_nothing_known_it_is_sampling_and_options_are_passed_on():
     assert torch.equal(default.white, samplers.sample(model, process, 4, 50, "heun", start=start).white)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_masks_and_images_that_do_not_fit_are_refused():
     model, process = coupled("pixel", "common")
     images, b = randn(2, 1, 2, 3), torch.tensor([0.5, 0.6, 0.7])
@@ -341,16 +343,15 @@ def test_only_the_last_columns_matter_and_the_generator_settles_the_rest(known):
 @pytest.mark.parametrize("conditioning", ["map", "grouped"])
 def test_a_network_extends_colour_pictures(conditioning):
     textures = torch.randint(0, 256, (40, 3, 8, W), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    setting = designs.Setting(designs.Design("plain", 0.0, (0.0, 0.0), conditioning), textures)
-    process = designs.Process(
-        setting.basis, setting.prior.float(), setting.sequential(setting.basis.label("column"), 0.3)
-    )
-    made = samplers.extend(setting.denoiser(8), process, torch.zeros(2, 3, 8, 5), 3, stride=2)
+    fitted = designs.FittedDesign(designs.Design("plain", 0.0, (0.0, 0.0), conditioning), textures)
+    process = designs.Process(fitted.basis, fitted.prior.float(), fitted.sequential(fitted.basis.label("column"), 0.3))
+    made = samplers.extend(fitted.denoiser(8), process, torch.zeros(2, 3, 8, 5), 3, stride=2)
     for part in islice(made, 3):
         assert part.shape == (2, 3, 8, 2) and part.isfinite().all() and part.dtype == torch.float32
         assert 0.3 < part.std() / (textures.double() / 127.5 - 1).std() < 3
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_strips_that_cannot_be_made_are_refused():
     model, process = window(MARKOV, 0.3)
     shape, prior = process.schedule.shape, process.prior
@@ -362,7 +363,7 @@ def test_strips_that_cannot_be_made_are_refused():
     tall = (1, 4, W)
     square = priors.isotropic(priors.Moments(torch.zeros(tall), torch.ones(tall)))
     rows = schedules.sequential(bases.Pixel(tall).label("row"), 0.3)
-    patches, raster = (schedules.sequential(schedules.patches(tall, size), 0.3) for size in (2, 1))
+    patches, raster = (schedules.sequential(schedules.patch_order(tall, size), 0.3) for size in (2, 1))
     columns = "schedule of columns, each a lag behind its left"
     cases = [
         (dict(process=Process(bases.DCT(shape), prior, process.schedule)), "pixels and a prior the same .*; got dct"),

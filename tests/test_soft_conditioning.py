@@ -16,8 +16,10 @@ H = HIGH - LOW
 UNIT = torch.eye(D, dtype=torch.float64)
 
 
-def clocks(a, order=ORDER, low=LOW, high=HIGH):
-    return schedules.soft_conditioning(order, a, denoise=low, noise=high, caps=(low, high))
+def soft(a, order=ORDER, low=LOW, high=HIGH):
+    return schedules.soft_conditioning(
+        order, a, gamma_min_target=low, gamma_max_target=high, gamma_min=low, gamma_max=high
+    )
 
 
 def noised(gamma, covariance=C):
@@ -44,7 +46,7 @@ def average(gamma):
 
 
 def diffusion_term(predict, a):
-    return exact.information(clocks(a), lambda gamma: errors_of(predict, gamma)).sum()
+    return exact.information(soft(a), lambda gamma: errors_of(predict, gamma)).sum()
 
 
 MODEL = exact.gaussian(torch.zeros(D, dtype=torch.float64), C)
@@ -57,8 +59,8 @@ def test_equidistant_soft_conditioning_is_the_sequential_schedule(w):
     """An inverse softness of H / w is a window of w components: b = w / (K - 1 + w)."""
     t = torch.linspace(0, 1, 501, dtype=torch.float64)
     other = schedules.sequential(ORDER, w / (D - 1 + w), LOW, HIGH)
-    torch.testing.assert_close(clocks(H / w).gamma(t), other.gamma(t), rtol=0, atol=1e-9)
-    active = (clocks(H / w).rate(t + 1e-7) > 0).flatten(1).sum(1)[:-1]
+    torch.testing.assert_close(soft(H / w).gamma(t), other.gamma(t), rtol=0, atol=1e-9)
+    active = (soft(H / w).dgamma_dt(t + 1e-7) > 0).flatten(1).sum(1)[:-1]
     assert active.max() <= math.ceil(w) and active.double().mean() == pytest.approx(D * w / (D - 1 + w), rel=0.02)
 
 
@@ -97,7 +99,7 @@ def test_the_map_from_noise_to_data_slides_from_the_symmetric_root_to_cholesky()
     found = {}
     for a, high in ((0.0, HIGH), (HIGH - LOW, HIGH), (24.0, 12.0)):
         prior = priors.isotropic(priors.Moments(zero, zero + 1))
-        path = Process(bases.Pixel(SHAPE), prior, clocks(a, high=high))
+        path = Process(bases.Pixel(SHAPE), prior, soft(a, high=high))
         drawn = samplers.sample(MODEL, path, D, 600, "heun", start=UNIT.reshape(D, *SHAPE)).white
         found[a] = drawn.flatten(1).T
         torch.testing.assert_close(found[a] @ found[a].T, C, rtol=0, atol=0.005)
@@ -111,7 +113,7 @@ def test_the_map_from_noise_to_data_slides_from_the_symmetric_root_to_cholesky()
 @pytest.mark.parametrize("a", [0.0, 5.0])
 def test_the_bound_exceeds_the_entropy_by_what_the_noise_does_not_reach(a, stop):
     """Prior, diffusion and reconstruction terms, minus the entropy of chi at t = 0: KL(q(chi_1) || N(0, 1))."""
-    information = exact.information(clocks(a, high=stop), lambda g: exact.gaussian_error(g, C)).sum()
+    information = exact.information(soft(a, high=stop), lambda g: exact.gaussian_error(g, C)).sum()
     n1, n0 = (1 / (1 + math.exp(-g)) for g in (stop, LOW))
     start = 0.5 * D * ((1 - n1) * 1.0 + n1 - math.log(n1) - 1)
     bound = start + information + 0.5 * D * math.log(2 * math.pi * math.e * n0)
@@ -151,7 +153,7 @@ def test_a_samplers_error_depends_on_the_stride_not_on_the_route(method):
     prior = priors.isotropic(priors.Moments(zero, zero + 1))
 
     def distance(a, stride):
-        path = Process(bases.Pixel(SHAPE), prior, clocks(a))
+        path = Process(bases.Pixel(SHAPE), prior, soft(a))
         S, steps = UNIT, round((H + (D - 1) * a) / stride)
         grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         for t, s in zip(grid[:-1], grid[1:], strict=True):
@@ -180,7 +182,7 @@ def test_a_mixtures_information_is_that_of_its_entropies_and_of_the_chain_rule()
         return lambda gamma: torch.stack([1 - 0.14**d * mean_square(g[None]) for g in gamma])
 
     order = ORDER.flatten()[:2].reshape(1, 1, 2)
-    shares = {a: exact.information(clocks(a, order), error(both), points=16).flatten() for a in (-H, 0.0, 4.0, H)}
+    shares = {a: exact.information(soft(a, order), error(both), points=16).flatten() for a in (-H, 0.0, 4.0, H)}
     totals = torch.stack([share.sum() for share in shares.values()])
     assert totals.max() - totals.min() < 1e-5
 
@@ -188,7 +190,7 @@ def test_a_mixtures_information_is_that_of_its_entropies_and_of_the_chain_rule()
     for gamma in (LOW, HIGH):  # entropy of the noised density, less that of the noise
         level = torch.full((1, 1, 1, 2), gamma, dtype=torch.float64)
         log_density = both.log_prob(torch.cartesian_prod(axis, axis).reshape(-1, 1, 1, 2), level)
-        entropy = -0.14**2 * float((log_density.exp() * log_density).sum())
+        entropy = -(0.14**2) * float((log_density.exp() * log_density).sum())
         information.append(entropy - math.log(2 * math.pi * math.e) + math.log1p(math.exp(-gamma)))
     assert float(totals.mean()) == pytest.approx(information[0] - information[1], abs=1e-5)
     alone = exact.information(schedules.linear((1, 1, 1), LOW, HIGH), error(single), points=16).sum()

@@ -6,17 +6,19 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import cases
 import pytest
 import torch
 from torch import nn
 
-from gudlib import bases, data, denoiser, networks, priors, schedules, training
+from gudlib import bases, data, denoiser, families, networks, priors, schedules, training
 from gudlib.denoiser import Denoiser
 from gudlib.exact import gaussian_eps
-from gudlib.training import Settings, Trainer
+from gudlib.training import Trainer, TrainingConfig
 
 SHAPE = (1, 8, 8)
-QUICK = Settings(steps=6, batch=8, warmup=3, save_every=2)
+QUICK = TrainingConfig(steps=6, batch=8, warmup=3, save_every=2)
+RANGE = (0.4, 1.6)
 
 
 def pictures(n=64):
@@ -33,21 +35,22 @@ def components(r=0.6, floor=1e-4):
     return basis, priors.interpolated(priors.measure(basis, values, floor), r)
 
 
-def family_of(prior):
+def schedule_of(prior):
     order, log_variance = prior.order, prior.log_variance
     return lambda a: schedules.soft_conditioning(order, a, log_variance)
 
 
-def trainer(settings=QUICK, checkpoint=None, kind="unet", images=None, seed=0, **options):
+def trainer(config=QUICK, checkpoint=None, kind="unet", images=None, seed=0, a=RANGE, **options):
     torch.manual_seed(seed)
     basis, prior = components()
     if kind == "unet":
         model = denoiser.build(basis, prior, **(dict(groups=4, width=8) | options))
     else:
         model = Denoiser(
-            networks.MLP(SHAPE, inputs=2, **(dict(width=32, depth=1) | options)), basis.float(), prior.float()
+            cases.MLP(SHAPE, inputs=2, **(dict(width=32, depth=1) | options)), basis.float(), prior.float()
         )
-    return Trainer(model, pictures() if images is None else images, family_of(prior), settings, checkpoint)
+    draw = families.uniform_a(schedule_of(prior), a)
+    return Trainer(model, pictures() if images is None else images, draw, config, checkpoint)
 
 
 def state(t):
@@ -69,11 +72,11 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("n", [1, 7, 64])
 def test_times_are_one_regular_grid_with_a_random_shift(n, generator):
-    t = training.times(n, generator)
+    t = families.stratified_times(n, generator)
     assert t.dtype == torch.float64 and (t >= 0).all() and (t < 1).all()
     assert torch.equal((t * n).floor().sort().values, torch.arange(n, dtype=torch.float64))  # one in each n-th
     torch.testing.assert_close((t * n) % 1, ((t * n) % 1)[:1].expand(n), rtol=0, atol=1e-9)
-    shifts = torch.stack([training.times(n, generator).min() for _ in range(300)]) * n
+    shifts = torch.stack([families.stratified_times(n, generator).min() for _ in range(300)]) * n
     assert abs(shifts.mean().item() - 0.5) < 0.06 and shifts.min() < 0.05 and shifts.max() > 0.95
 
 
@@ -92,12 +95,12 @@ class Recorder(nn.Module):
         return torch.full_like(white_t, 100.0)
 
 
-def watched(settings, index=0):
-    """One batch of the loss: (loss, error, chi_t, gamma, softnesses, times, schedule)."""
-    t = trainer(settings, kind="mlp")
+def watched(config, a=RANGE):
+    """One batch of the loss: (loss, error, chi_t, gamma, inverse softnesses, times, schedule)."""
+    t = trainer(config, kind="mlp")
     order, log_variance, seen = components()[1].order, components()[1].log_variance, {}
 
-    def family(a):
+    def schedule(a):
         inner = schedules.soft_conditioning(order, a, log_variance)
 
         def gamma(time):
@@ -108,14 +111,14 @@ def watched(settings, index=0):
         seen["schedule"] = schedules.Schedule(gamma, SHAPE)
         return seen["schedule"]
 
-    t.family, t.denoiser = family, Recorder(t.denoiser)
-    loss, error = t.loss(index)
+    t.draw, t.denoiser = families.uniform_a(schedule, a), Recorder(t.denoiser)
+    loss, error = t.loss(0)
     return loss, error, t.denoiser.white_t, t.denoiser.gamma, seen["a"], seen["t"], seen["schedule"]
 
 
 def test_the_loss_noises_real_images_to_the_levels_of_their_own_schedules():
-    settings = Settings(batch=64)
-    loss, error, white_t, gamma, a, t, schedule = watched(settings)
+    config = TrainingConfig(batch=64)
+    loss, error, white_t, gamma, a, t, schedule = watched(config)
     torch.testing.assert_close(gamma, schedule.gamma(t).float())
     torch.testing.assert_close(loss, error.mean())
     eps = 100 - error.sqrt()
@@ -128,23 +131,23 @@ def test_the_loss_noises_real_images_to_the_levels_of_their_own_schedules():
     assert clean.sum() >= 5 and known.max() < 0.51  # every one is a picture, dequantised
 
 
-def test_softness_is_uniform_over_its_range_and_unrelated_to_time():
-    *_, a, t, _ = watched(Settings(batch=256, softness=(0.5, 2.5)))
+def test_inverse_softness_is_uniform_over_its_range_and_unrelated_to_time():
+    *_, a, t, _ = watched(TrainingConfig(batch=256), (0.5, 2.5))
     assert a.min() >= 0.5 and a.max() < 2.5
     cells = ((a - 0.5) / 2 * 256).floor().sort().values
     assert torch.equal(cells, torch.arange(256, dtype=torch.float64))
     assert abs(torch.corrcoef(torch.stack([a, t]))[0, 1]) < 0.2
     assert torch.equal((t * 256).floor().sort().values, torch.arange(256, dtype=torch.float64))
-    fixed = watched(Settings(batch=8, softness=(1.0, 1.0)))[4]
+    fixed = watched(TrainingConfig(batch=8), (1.0, 1.0))[4]
     assert (fixed == 1).all()
 
 
 def test_likelihood_weights_are_the_slopes_of_gamma_over_their_mean():
-    loss, error, _, _, _, t, schedule = watched(Settings(batch=16, weighting="likelihood"))
-    slope = schedule.rate(t).float()
+    loss, error, _, _, _, t, schedule = watched(TrainingConfig(batch=16, weighting="likelihood"))
+    slope = schedule.dgamma_dt(t).float()
     assert slope.std() > 0.1
     torch.testing.assert_close(loss, (slope / slope.mean() * error).mean(), rtol=1e-5, atol=0)
-    plain = watched(Settings(batch=16))
+    plain = watched(TrainingConfig(batch=16))
     assert torch.equal(plain[1], error) and not torch.equal(plain[0], loss)
 
 
@@ -157,17 +160,18 @@ def test_every_step_and_seed_has_its_own_batch_and_always_the_same():
 
 def test_the_untrained_loss_is_the_closed_form():
     """A linear prediction errs by E (eps - eps_hat)^2 = alpha^2 c / v for data of variance c, Gaussian or not."""
-    t = trainer(Settings(batch=512), kind="mlp")
+    t = trainer(TrainingConfig(batch=512), kind="mlp")
     c = t.denoiser.prior.white_variance
     found, expected = [], []
     for index in range(20):
         seen = {}
-        t.family = lambda a, s=seen: s.setdefault("schedule", family_of(components()[1])(a))
+        inner = families.uniform_a(schedule_of(components()[1]), RANGE)
+        t.draw = lambda n, g, s=seen, f=inner: s.setdefault("schedule", f(n, g))
         error = t.loss(index)[1]
         found.append(error.mean(0))
         generator = torch.Generator().manual_seed(index)
         torch.randint(64, (512,), generator=generator)
-        gamma = seen["schedule"].gamma(training.times(512, generator))
+        gamma = seen["schedule"].gamma(families.stratified_times(512, generator))
         signal = torch.sigmoid(-gamma)
         expected.append((signal * c / (signal * c + 1 - signal)).mean(0).float())
     found, expected = torch.stack(found).mean(0), torch.stack(expected).mean(0)
@@ -178,7 +182,7 @@ def test_the_untrained_loss_is_the_closed_form():
 def test_held_out_error_of_the_gaussian_answer_is_the_closed_form(generator):
     basis, prior = components()
     white = torch.randn(20_000, *SHAPE, generator=generator, dtype=torch.float64) * prior.white_variance.sqrt()
-    schedule, c = family_of(prior)(1.0), prior.white_variance
+    schedule, c = schedule_of(prior)(1.0), prior.white_variance
     calls = []
 
     def exact(x, gamma):
@@ -197,21 +201,21 @@ def test_held_out_error_of_the_gaussian_answer_is_the_closed_form(generator):
 # Steps
 
 
-def test_records_tell_step_loss_and_rate_on_their_schedule():
-    settings = Settings(steps=8, batch=8, warmup=4, rate=1e-2)
-    t = trainer(settings)
+def test_records_tell_step_loss_and_learning_rate_on_their_schedule():
+    config = TrainingConfig(steps=8, batch=8, warmup=4, lr=1e-2)
+    t = trainer(config)
     untouched = t.loss(0)[0].item()
     records = list(t.run())
     assert [r.step for r in records] == list(range(1, 9)) and records[0].loss == pytest.approx(untouched)
     expected = [1e-2 * min(1, (n + 1) / 4) * (1 + math.cos(math.pi * n / 8)) / 2 for n in range(8)]
-    assert [r.rate for r in records] == pytest.approx(expected)
+    assert [r.lr for r in records] == pytest.approx(expected)
     assert all(r.seconds > 0 for r in records) and list(t.run()) == []
 
 
 def test_the_optimiser_runs_at_the_rate_of_the_record():
-    t = trainer(replace(QUICK, rate=1e-3))
+    t = trainer(replace(QUICK, lr=1e-3))
     for record in t.run():
-        assert t.optimizer.param_groups[0]["lr"] == record.rate
+        assert t.optimizer.param_groups[0]["lr"] == record.lr
 
 
 def test_group_errors_add_up_to_the_loss():
@@ -235,7 +239,7 @@ def test_gradients_are_clipped():
 
 @pytest.mark.parametrize("ema", [0.999, 0.15])
 def test_the_average_follows_its_formula(ema):
-    t = trainer(replace(QUICK, ema=ema, rate=1e-2))
+    t = trainer(replace(QUICK, ema=ema, lr=1e-2))
     expected = None
     for record in t.run():
         now = [p.detach().clone() for p in t.plain.parameters()]
@@ -249,7 +253,7 @@ def test_the_average_follows_its_formula(ema):
 
 
 def test_training_learns_what_is_not_gaussian():
-    t = trainer(Settings(steps=120, batch=64, warmup=10, rate=1e-2), kind="mlp", width=64)
+    t = trainer(TrainingConfig(steps=120, batch=64, warmup=10, lr=1e-2), kind="mlp", width=64)
     with torch.no_grad():
         before = sum(t.loss(10_000 + i)[0].item() for i in range(10))
         list(torch.enable_grad()(lambda: list(t.run()))())
@@ -285,10 +289,10 @@ def test_a_stopped_run_goes_on_bit_for_bit_as_if_it_had_not_been(kind, stop, tmp
 
 
 def test_a_finished_run_is_restored_and_does_nothing_more(tmp_path):
-    settings = replace(QUICK, steps=5)  # not a multiple of save_every
-    first = trainer(settings, tmp_path / "c")
+    config = replace(QUICK, steps=5)  # not a multiple of save_every
+    first = trainer(config, tmp_path / "c")
     list(first.run())
-    second = trainer(settings, tmp_path / "c", seed=5)
+    second = trainer(config, tmp_path / "c", seed=5)
     assert second.step == 5 and list(second.run()) == []
     assert_same(first, second)
 
@@ -300,14 +304,15 @@ def test_without_a_checkpoint_nothing_is_written(tmp_path, monkeypatch):
 
 
 OTHERS = {
-    "settings": lambda c: trainer(replace(QUICK, rate=1e-5), c),
-    "settings ": lambda c: trainer(replace(QUICK, softness=(0.4, 1.5)), c),
+    "config": lambda c: trainer(replace(QUICK, lr=1e-5), c),
+    "family": lambda c: trainer(QUICK, c, a=(0.4, 1.5)),
     "images": lambda c: trainer(QUICK, c, images=pictures(32)),
     "network": lambda c: trainer(QUICK, c, width=16),
     "network ": lambda c: trainer(QUICK, c, kind="mlp"),
 }
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(name, tmp_path):
     file = tmp_path / "c.safetensors"
@@ -319,6 +324,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(name, tmp_path
     assert "Remove it or give another file" in str(error.value)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_checkpoint_for_another_basis_is_refused(tmp_path):
     file = tmp_path / "c"
     first = trainer(QUICK, file)
@@ -327,7 +333,7 @@ def test_a_checkpoint_for_another_basis_is_refused(tmp_path):
     torch.manual_seed(0)
     other = denoiser.build(bases.Haar(SHAPE, 2), prior, groups=4, width=8)
     with pytest.raises(ValueError, match="had basis = {'name': 'dct'}"):
-        Trainer(other, pictures(), family_of(prior), QUICK, file)
+        Trainer(other, pictures(), families.uniform_a(schedule_of(prior), RANGE), QUICK, file)
 
 
 def test_a_training_state_is_not_taken_for_a_denoiser(tmp_path):
@@ -357,14 +363,14 @@ import test_training as here
 
 here.torch.set_num_threads(1)
 file = Path(sys.argv[1]) / "checkpoint"
-settings = replace(here.QUICK, steps=60, save_every=1)
-whole = here.trainer(settings, None, "mlp")  # also imports what all need, before the forks
+config = replace(here.QUICK, steps=60, save_every=1)
+whole = here.trainer(config, None, "mlp")  # also imports what all need, before the forks
 random.seed(0)
 before = None
 for attempt in range(5):
     child = os.fork()
     if child == 0:
-        list(here.trainer(settings, file, "mlp", seed=attempt).run())
+        list(here.trainer(config, file, "mlp", seed=attempt).run())
         os._exit(0)
     while not file.exists() or file.stat().st_mtime_ns == before:  # it has begun
         time.sleep(0.001)
@@ -373,7 +379,7 @@ for attempt in range(5):
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "it had finished"
     before = file.stat().st_mtime_ns
-last = here.trainer(settings, file, "mlp", seed=9)
+last = here.trainer(config, file, "mlp", seed=9)
 print("resumed at", last.step)
 list(last.run())
 list(whole.run())
@@ -393,6 +399,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
 # Errors
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_images_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"uint8 of shape \(n, 1, 8, 8\); got torch.float32"):
         trainer(images=pictures().float())
@@ -400,14 +407,13 @@ def test_images_that_do_not_fit_are_refused():
         trainer(images=pictures()[..., :4])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_settings_that_make_no_sense_are_refused():
     for name in ("steps", "batch", "save_every"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
-            Settings(**{name: 0})
-    with pytest.raises(ValueError, match=r"lowest, highest\); got \(2, 1\)"):
-        Settings(softness=(2, 1))
+            TrainingConfig(**{name: 0})
     with pytest.raises(ValueError, match="'plain', 'likelihood'.; got 'snr'"):
-        Settings(weighting="snr")
+        TrainingConfig(weighting="snr")
 
 
 def test_uint8_images_are_dequantised_with_fresh_noise_each_time(generator):

@@ -1,7 +1,7 @@
 """What this machine has for the companion, and what is broken: packages, device, data, checkpoints.
 
 Each check yields (what is so, remedy) line by line; the remedy is empty where all is well. No check needs what
-another one looks for, so a machine without torch still hears about its data files.
+another one checks, so a machine without torch still hears about its data files.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from gudlib.files import CHECKPOINTS, DATA, ROOT
+
 INSTALL = "remove .venv and run make venv; without make: pip install -c constraints.txt -e '.[test]'"
 
 
 def report() -> bool:
-    """Print every check, a line for each thing looked at, and return whether all is well."""
+    """Print every check, a line for each thing checked, and return whether all is well."""
     broken = 0
     for check in (packages, device, kernel, image_sets, files):
         try:
@@ -104,7 +105,7 @@ def origin(name: str) -> str:
         except FileNotFoundError:
             places[split] = "missing"
         else:
-            embedded = isinstance(place, Path) and data.EMBEDDED in place.parents
+            embedded = isinstance(place, Path) and DATA in place.parents
             places[split] = "embedded" if embedded else _hub(place) if isinstance(place, str) else str(place)
     return places["train"] if len({*places.values()}) == 1 else ", ".join(f"{k}: {v}" for k, v in places.items())
 
@@ -120,7 +121,7 @@ def _hub(identifier: str) -> str:
 
 def files() -> Iterator[tuple[str, str]]:
     """The embedded image sets and the checkpoints against the sums that lie beside them."""
-    for folder, pattern in ((ROOT / "data", "*/*.parquet"), (ROOT / "data" / "checkpoints", "*.safetensors")):
+    for folder, pattern in ((DATA, "*/*.parquet"), (CHECKPOINTS, "*.safetensors")):
         sums = folder / "SHA256SUMS"
         lines = sums.read_text().splitlines() if sums.is_file() else []
         listed = {folder / name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
@@ -130,6 +131,6 @@ def files() -> Iterator[tuple[str, str]]:
             if not digest:
                 yield f"{name} is missing", f"git checkout -- {name}"
             elif path != sums and digest != listed.get(path):
-                yield f"{name} is damaged, or not in {sums.name}", f"git checkout -- {folder.relative_to(ROOT)}"
+                yield f"{name} is corrupt, or not in {sums.name}", f"git checkout -- {folder.relative_to(ROOT)}"
             else:
                 yield f"{name} is intact", ""

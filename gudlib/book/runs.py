@@ -37,8 +37,10 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from tqdm import tqdm
 
-from gudlib.notebooks import NO_WIDGETS, QUIET, ROOT, find, parameters_of
+from gudlib.book.notebooks import NO_WIDGETS, QUIET, find, parameters_of
+from gudlib.files import ROOT, replacing, write, write_json
 
+PACKAGE = Path(__file__).resolve().parents[1]
 CELL_TIMEOUT = 6 * 3600  # seconds; a training cell of the gpu profile is the longest that there is
 
 _bar: dict[str, Any] = {"disable": True}  # over cells: shown by the processes of `run`, each on a line of its own
@@ -168,21 +170,22 @@ def run_job(job: Job) -> Result:
     if partial.is_file():
         html = nbconvert.HTMLExporter().from_filename(str(partial))[0]
         html = html.replace('href="../README.md"', f'href="{(ROOT / "README.md").as_uri()}"')
-        _replace(page, re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', html))
+        write(page, re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', html))
         os.replace(partial, output)
     result = Result(name, "failed" if failure else "completed", time.perf_counter() - start, output, failure)
     facts = {"output": output.name, "parameters": dict(job.parameters), "key": key, "python": platform.python_version()}
     facts |= {package: importlib.metadata.version(package) for package in ("torch", "numpy", "gudlib")}
     facts |= {"commit": _git("rev-parse", "HEAD"), "changed": bool(_git("status", "--porcelain"))}
-    _replace(record, json.dumps(asdict(result) | facts, indent=2) + "\n")
+    write_json(record, asdict(result) | facts)
     return result
 
 
 def _key(job: Job) -> str:
     """What a job's results depend on, hashed: cells, parameters and those modules of this package that it imports."""
     cells = [(cell.cell_type, cell.source) for cell in nbformat.read(job.notebook, 4).cells]
-    there = {path.stem: path.read_text() for path in Path(__file__).parent.glob("*.py")}
-    used, queue = {"__init__"}, ["\n".join(source for kind, source in cells if kind == "code")]
+    there = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    there = {name.removesuffix(".__init__"): path.read_text() for name, path in there.items()}
+    used, queue = {"gudlib"}, ["\n".join(source for kind, source in cells if kind == "code")]
     while queue:
         found = _imports(queue.pop(), frozenset(there)) - used
         used |= found
@@ -194,20 +197,12 @@ def _key(job: Job) -> str:
 @functools.cache  # the points of a sweep share their notebook
 def _imports(source: str, there: frozenset[str]) -> frozenset[str]:
     """Modules of this package that a source imports; all of them where it can't be told."""
-    lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
-    try:
-        nodes = list(ast.walk(ast.parse("\n".join(lines))))
-    except SyntaxError:
+    if re.search(r"^\s*(import [^#\n]*\bgudlib\b|from gudlib[\w.]* import \*)", source, re.M):
         return there
-    names: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.module == "gudlib":
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gudlib."):
-            names.add(str(node.module).split(".")[1])
-        elif isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "gudlib" for alias in node.names):
-            return there
-    return there if "*" in names else there & names
+    found: set[str] = set()
+    for module, names in re.findall(r"^\s*from (gudlib[\w.]*) import (\([^)]*\)|.*)", source, re.M):
+        found |= {module, module.rpartition(".")[0], *(f"{module}.{name}" for name in re.findall(r"\w+", names))}
+    return there & found
 
 
 def _failure(notebook: Path, error: Exception | None) -> str:
@@ -231,12 +226,6 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text)
-    os.replace(draft, path)
-
-
 def run(jobs: Sequence[Job], workers: int = 1) -> list[Result]:
     """Run jobs in `workers` processes that share the cores, with a bar over notebooks and one each over cells.
 
@@ -250,7 +239,7 @@ def sweep(
 ) -> tuple[list[Result], DataFrame]:
     """Run one notebook's jobs, each in a folder of its own, and keep a table with one row for each completed job.
 
-    A row holds the parameters, what the notebook reported (`ledger.report`), and its time, versions and commit. The
+    A row holds the parameters, what the notebook reported (`claims.report`), and its time, versions and commit. The
     table is replaced in one step whenever a job is done, so it can be read at any time. Jobs that were completed before
     with the same parameters and code are not run again but have their row; rows of other jobs are dropped.
 
@@ -265,9 +254,8 @@ def sweep(
     def keep(done: Iterable[Job]) -> DataFrame:
         rows.update({job.out: _row(job) for job in done})
         frame = DataFrame([rows[job.out] for job in jobs if rows.get(job.out)])
-        draft = table.with_name(f"{table.name}.tmp")
-        frame.to_parquet(draft, index=False)
-        os.replace(draft, table)
+        with replacing(table) as draft:
+            frame.to_parquet(draft, index=False)
         return frame
 
     table.parent.mkdir(parents=True, exist_ok=True)

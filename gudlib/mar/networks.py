@@ -1,8 +1,9 @@
-r"""Transformers over an image's tokens, and the head that denoises one token: the networks of `gudlib.mar`.
+r"""Transformers over an image's tokens, and the head that denoises one token.
 
-A *trunk* turns the tokens known so far into a vector z for each of those asked for. Tokens are (b, L, D); an order is a
-permutation of their places for each image, (b, L). The *head* is a network like those of `gudlib.networks`, on single
-tokens, with z as a third argument. Its last layer starts at zero, so an untrained network answers 0.
+A *trunk* turns the tokens known so far into a vector z for each of those asked for. Tokens are (b, L, D), taken in the
+order of a permutation of their places, (b, L), one for each image. The *head* is a network like those of
+`gudlib.networks`, on single tokens, with z as a third argument. Its last layer starts at zero, so an untrained network
+answers 0.
 
 References:
     Autoregressive Image Generation without Vector Quantization, T. Li, Y. Tian, H. Li, M. Deng, K. He, 2024,
@@ -25,12 +26,12 @@ from gudlib.networks import GammaGroups
 KINDS = ("raster", "random", "masked")
 
 Tokens = Float[Tensor, "b l d"]
-Order = Int64[Tensor, "b l"]
+Permutation = Int64[Tensor, "b l"]
 Labels = Int64[Tensor, " b"]
 Cache = list[list[Tensor]]
 
 
-def patches(height: int, width: int, size: int) -> int:
+def patch_count(height: int, width: int, size: int) -> int:
     """How many squares of side `size` make an image.
 
     Raises:
@@ -41,7 +42,7 @@ def patches(height: int, width: int, size: int) -> int:
     return height * width // size**2
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """A pre-norm transformer block on (b, l, width).
 
     With a list `past`, where it keeps keys and values, it takes one new token at a time, which may see all before.
@@ -82,7 +83,7 @@ class Causal(nn.Module):
         super().__init__()
         self.label, self.embed = nn.Embedding(classes + 1, width), nn.Linear(dim, width)
         self.place, self.target = nn.Embedding(count, width), nn.Embedding(count, width)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(2 * depth))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(2 * depth))
         self.norm = nn.LayerNorm(width)
 
     def cache(self) -> Cache:
@@ -90,14 +91,20 @@ class Causal(nn.Module):
         return [[] for _ in self.blocks]
 
     def forward(
-        self, tokens: Tokens, order: Order, start: int, stop: int, labels: Labels, cache: Cache | None = None
+        self,
+        tokens: Tokens,
+        permutation: Permutation,
+        start: int,
+        stop: int,
+        labels: Labels,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "b m width"]:
-        """z for tokens order[:, start:stop], each from those before it in the order."""
+        """z for tokens permutation[:, start:stop], each from those before it in the permutation."""
         first = 0 if cache is None else start
-        before = order[:, max(first - 1, 0) : stop - 1]
+        before = permutation[:, max(first - 1, 0) : stop - 1]
         x = self.embed(tokens.take_along_dim(before[..., None], 1)) + self.place(before)
         x = x if first else torch.cat([self.label(labels)[:, None], x], 1)
-        x = x + self.target(order[:, first:stop])
+        x = x + self.target(permutation[:, first:stop])
         for i, block in enumerate(self.blocks):
             x = block(x, causal=True, past=cache[i] if cache is not None else None)
         return self.norm(x[:, start - stop :])
@@ -122,7 +129,7 @@ class Masked(nn.Module):
         self.encoder_place, self.decoder_place = (nn.Embedding(buffer + count, width) for _ in range(2))
         self.head_place, self.mask = nn.Embedding(count, width), nn.Embedding(1, width)
         self.encoder, self.decoder = (
-            nn.ModuleList(Block(width, heads, dropout) for _ in range(depth)) for _ in range(2)
+            nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth)) for _ in range(2)
         )
         self.norm_in, self.norm, self.norm_out = (nn.LayerNorm(width) for _ in range(3))
         self.bridge = nn.Linear(width, width)
@@ -131,26 +138,26 @@ class Masked(nn.Module):
         """None: what a token finds changes with every further one that is known."""
 
     def forward(
-        self, tokens: Tokens, order: Order, start: int, stop: int, labels: Labels, cache: None = None
+        self, tokens: Tokens, permutation: Permutation, start: int, stop: int, labels: Labels, cache: None = None
     ) -> Float[Tensor, "b m width"]:
-        """z for tokens order[:, start:stop], all from order[:, :start]."""
-        b = len(order)
-        copies = torch.arange(self.buffer, device=order.device).expand(b, -1)
-        places = torch.cat([copies, self.buffer + order], 1)
-        now = self.buffer + start
-        known = self.embed(tokens.take_along_dim(order[:, :start, None], 1))
+        """z for tokens permutation[:, start:stop], all from permutation[:, :start]."""
+        b = len(permutation)
+        copies = torch.arange(self.buffer, device=permutation.device).expand(b, -1)
+        places = torch.cat([copies, self.buffer + permutation], 1)
+        seen = self.buffer + start
+        known = self.embed(tokens.take_along_dim(permutation[:, :start, None], 1))
         x = torch.cat([self.label(labels)[:, None].expand(-1, self.buffer, -1), known], 1)
-        x = self.norm_in(x + self.encoder_place(places[:, :now]))
+        x = self.norm_in(x + self.encoder_place(places[:, :seen]))
         for block in self.encoder:
             x = block(x)
         x = self.bridge(self.norm(x))
-        x = torch.cat([x, self.mask.weight.expand(b, order.shape[1] - start, -1)], 1) + self.decoder_place(places)
+        x = torch.cat([x, self.mask.weight.expand(b, permutation.shape[1] - start, -1)], 1) + self.decoder_place(places)
         for block in self.decoder:
             x = block(x)
-        return self.norm_out(x[:, now : now + stop - start]) + self.head_place(order[:, start:stop])
+        return self.norm_out(x[:, seen : seen + stop - start]) + self.head_place(permutation[:, start:stop])
 
 
-class Layer(nn.Module):
+class HeadLayer(nn.Module):
     """A residual layer of the head, whose shift, scale and gate a condition sets (AdaLN)."""
 
     def __init__(self, width: int) -> None:
@@ -177,7 +184,7 @@ class Head(nn.Module):
         self.shape, self.levels = shape, GammaGroups(torch.zeros(shape, dtype=torch.long, device="cpu"))
         self.level = nn.Sequential(nn.Linear(9, width), nn.SiLU(), nn.Linear(width, width))
         self.context, self.stem = nn.Linear(context, width), nn.Linear(2 * dim, width)
-        self.layers = nn.ModuleList(Layer(width) for _ in range(depth))
+        self.layers = nn.ModuleList(HeadLayer(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation, self.out = nn.Linear(width, 2 * width), nn.Linear(width, dim)
 
@@ -221,7 +228,7 @@ class Network(nn.Module):
         }  # fmt: skip
         token = (image[0], size, size)
         self.kind, self.image, self.size, self.classes = kind, tuple(image), size, classes
-        self.count = patches(image[1], image[2], size)
+        self.count = patch_count(image[1], image[2], size)
         options = self.count, math.prod(token), classes, width, depth, heads, dropout
         self.trunk = Masked(*options, buffer) if kind == "masked" else Causal(*options)
         self.head = Head(token, width, head[1], head[0])
@@ -235,8 +242,15 @@ class Network(nn.Module):
             nn.init.zeros_(part.weight)  # type: ignore[arg-type]
 
     def forward(
-        self, images: Tensor, gamma: Tensor, tokens: Tokens, order: Order, start: int, labels: Labels, repeats: int
+        self,
+        images: Tensor,
+        gamma: Tensor,
+        tokens: Tokens,
+        permutation: Permutation,
+        start: int,
+        labels: Labels,
+        repeats: int,
     ) -> Tensor:
         """The head's answers for all tokens from `start` on, each noised `repeats` times: (b m repeats, c, p, p)."""
-        z = self.trunk(tokens, order, start, order.shape[1], labels)
+        z = self.trunk(tokens, permutation, start, permutation.shape[1], labels)
         return self.head(images, gamma, z.flatten(0, 1).repeat_interleave(repeats, 0))

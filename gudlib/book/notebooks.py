@@ -16,8 +16,8 @@ import nbformat
 import papermill
 from nbformat import NotebookNode
 
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = ROOT / "notebooks"
+from gudlib.files import NOTEBOOKS, replacing, write
+
 PICTURE = NOTEBOOKS / "figures" / "overview.png"
 # Of the kernels in refresh and test alike: one thread gives the same digits again, bars would be stored as text.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "TQDM_DISABLE": "1"}
@@ -110,12 +110,10 @@ def refresh(notebook: Path) -> None:
     )
     client.widget_registry = NO_WIDGETS
     client.execute()
-    draft = notebook.with_suffix(".tmp")
-    nbformat.write(settled(content), draft)
-    os.replace(draft, notebook)
+    with replacing(notebook) as draft:
+        nbformat.write(settled(content), draft)
     for picture in pictures(content):
-        PICTURE.parent.mkdir(exist_ok=True)
-        PICTURE.write_bytes(picture)
+        write(PICTURE, picture)
 
 
 def pictures(content: NotebookNode) -> list[bytes]:

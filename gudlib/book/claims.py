@@ -1,4 +1,4 @@
-"""Claims: what a notebook asserts, as a number with the range in which it counts as true, kept for the ledger.
+"""Claims: what a notebook asserts, as a number with the range in which it counts as true, kept for the record.
 
 A claim cell prints PASS or FAIL and adds a row to `runs/claims/NOTEBOOK.json` (under `$GUDLIB_RESULTS` if set).
 """
@@ -7,13 +7,13 @@ import json
 import os
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from gudlib.files import ROOT, write_json
 
 
 def results(notebook: str) -> Path:
     """The folder for what a notebook writes, made if need be: `runs/NOTEBOOK/`, or `$GUDLIB_RESULTS/NOTEBOOK/`.
 
-    Notebooks run by `gudlib.runs` have it in the output folder of the run.
+    Notebooks run by `gudlib.book.runs` have it in the output folder of the run.
     """
     folder = Path(os.environ.get("GUDLIB_RESULTS", ROOT / "runs")) / notebook
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,9 +37,7 @@ def claim(notebook: str, name: str, value: float, low: float = -float("inf"), hi
     path = results("claims") / f"{notebook}.json"
     rows = json.loads(path.read_text()) if path.is_file() else {}
     rows[name] = {"value": value, "low": low if above else None, "high": high if below else None, "holds": holds}
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(rows, indent=2) + "\n")
-    os.replace(draft, path)
+    write_json(path, rows)
 
 
 def report(notebook: str, values: dict) -> None:
@@ -49,7 +47,4 @@ def report(notebook: str, values: dict) -> None:
         notebook: its number or name.
         values: names and numbers, texts or lists; lists of one length belong together.
     """
-    path = results(notebook) / "report.json"
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(draft, path)
+    write_json(results(notebook) / "report.json", values)

@@ -1,0 +1,76 @@
+"""Files: where the companion's own lie, and how anything is written, whole or not at all.
+
+A writer fills a draft of a name of its own beside the target and then puts it there in one step, so a reader sees the
+old file or the new one, however many write. Tensors go to safetensors files with a header in JSON.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "data"
+CHECKPOINTS = DATA / "checkpoints"
+NOTEBOOKS = ROOT / "notebooks"
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A draft to be written in the block; after it `path`, whose folder is made if need be, has the draft's content.
+
+    If the block raises, `path` stays as it was and no draft is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield draft
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write(path: str | Path, content: str | bytes) -> None:
+    """Write a text (UTF-8) or bytes."""
+    with replacing(path) as draft:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON values, indented."""
+    write(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Any], header: dict[str, Any]) -> None:
+    """Write named tensors, from whatever device, and a JSON header as one safetensors file."""
+    from safetensors.torch import save
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write(path, save(whole, {"header": json.dumps(header)}))
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Named tensors and header of a file written by `write_tensors`, from one reading of it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated or not one of ours.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    content = Path(path).read_bytes()
+    try:
+        tensors = load(content)  # it checks sizes and offsets
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        return tensors, json.loads(metadata["header"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a complete gudlib checkpoint: {error}") from error

@@ -1,0 +1,168 @@
+"""An autoregressor: a network with the basis and prior of its tokens, and the file it is kept in."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gudlib import bases, denoiser, priors, schedules
+from gudlib.denoiser import Denoiser
+from gudlib.mar.networks import KINDS, Cache, Labels, Network, Permutation, Tokens, patch_count
+from gudlib.process import Batch, Gamma, Model, Process
+from gudlib.schedules import Schedule
+
+
+def patchify(images: Batch, size: int) -> Tokens:
+    """Square patches of images (b, c, h, w) in reading order, each flattened from (c, size, size).
+
+    Raises:
+        ValueError: if the patch size does not divide height and width.
+    """
+    patch_count(images.shape[-2], images.shape[-1], size)
+    return functional.pixel_unshuffle(images, size).flatten(2).mT
+
+
+def unpatchify(tokens: Tokens, shape: Sequence[int], size: int) -> Batch:
+    """Images of one shape (c, h, w) from their patches; the inverse of `patchify`."""
+    return functional.pixel_shuffle(tokens.mT.unflatten(2, (shape[1] // size, shape[2] // size)), size)
+
+
+class Conditioned(nn.Module):
+    """A network of images and gamma, with whatever else it wants held fixed: for `Denoiser`."""
+
+    def __init__(self, network: nn.Module, *context: Any) -> None:
+        super().__init__()
+        self.network, self.context = network, context
+
+    def forward(self, images: Float[Tensor, "n inputs p p"], gamma: Float[Tensor, "n c p p"]) -> Tensor:
+        """Its answer."""
+        return self.network(images, gamma, *self.context)
+
+
+class Autoregressor(nn.Module):
+    """A network with the basis and prior of its tokens: images in, models of tokens out.
+
+    Arguments:
+        network: trunk and head.
+        basis: U of a patch (c, p, p), the tokens' linear code.
+        prior: S of its components, and their variance.
+    """
+
+    def __init__(self, network: Network, basis: bases.Basis, prior: priors.Prior) -> None:
+        super().__init__()
+        self.network, self.basis, self.prior = network, basis, prior
+
+    def process(self, schedule: Schedule) -> Process:
+        """The diffusion of one token."""
+        return Process(self.basis, self.prior, schedule)
+
+    def tokens(self, images: Batch) -> Tokens:
+        """White tokens (b, L, D) of images (b, c, h, w)."""
+        return white_tokens(self.basis, self.prior, images)
+
+    def images(self, tokens: Tokens) -> Batch:
+        """Images of white tokens; the inverse of `tokens`."""
+        data = self.basis.inverse(self.prior.unwhiten(tokens.reshape(-1, *self.basis.shape)))
+        return unpatchify(data.reshape(tokens.shape), self.network.image, self.network.size)
+
+    def conditional(
+        self,
+        tokens: Tokens,
+        permutation: Permutation,
+        start: int,
+        stop: int,
+        labels: Labels | None = None,
+        guidance: float = 1.0,
+        cache: Cache | None = None,
+    ) -> Model:
+        """The model `(white_t, gamma) -> eps_hat` of tokens permutation[:, start:stop], as (b (stop - start), c, p, p).
+
+        A causal kind gives each all tokens before it, which must be there; the masked kind gives all of them
+        permutation[:, :start].
+
+        Arguments:
+            tokens: white tokens (b, L, D); what is not known may be anything.
+            permutation: of 0 .. L - 1, for each image, (b, L).
+            start, stop: places in it.
+            labels: (b,); none if not given.
+            guidance: w, of eps_none + w (eps_label - eps_none).
+            cache: the trunk's, if tokens are asked for one after another.
+        """
+        none = permutation.new_full((len(permutation),), self.network.classes)
+        labels, tokens = none if labels is None else labels, tokens.float()
+        if guidance == 1:
+            return self._denoiser(self.network.trunk(tokens, permutation, start, stop, labels, cache))
+        both = self.network.trunk(
+            torch.cat([tokens, tokens]),
+            torch.cat([permutation, permutation]),
+            start,
+            stop,
+            torch.cat([labels, none]),
+            cache,
+        )
+        with_label, without = (self._denoiser(z) for z in both.chunk(2))
+
+        def guided(white_t: Batch, gamma: Gamma) -> Batch:
+            base = without(white_t, gamma)
+            return base + guidance * (with_label(white_t, gamma) - base)
+
+        return guided
+
+    def _denoiser(self, z: Float[Tensor, "b m width"]) -> Denoiser:
+        return Denoiser(Conditioned(self.network.head, z.flatten(0, 1)), self.basis, self.prior)
+
+
+def cosine(model: Autoregressor, gamma_min: float = -10.0, gamma_max: float = 7.0) -> Schedule:
+    """The published cosine schedule of a token, cut at gamma_min and gamma_max.
+
+    Its own last step, at gamma = 19.8, makes the first of 100 sampling steps multiply the head's error by 316.
+    """
+    return schedules.cosine(model.basis.shape, gamma_min, gamma_max)
+
+
+def save(model: Autoregressor, path: str | Path, half: bool = False, card: dict[str, Any] | None = None) -> None:
+    """Write a model to one safetensors file, as `denoiser.save`, whose arguments these are."""
+    denoiser.save(Denoiser(model.network, model.basis, model.prior), path, half, card)
+
+
+def load(path: str | Path) -> Autoregressor:
+    """The model of a file written by `save`, in float32 on the CPU, ready to sample.
+
+    Raises:
+        ValueError: if the file is not a complete checkpoint, or one of another network.
+    """
+    tensors, header = denoiser.read_saved(path)
+    if header["network"]["kind"] not in KINDS:
+        raise ValueError(f"{path} holds a network of kind {header['network']['kind']!r}; use denoiser.load")
+    model = Autoregressor(Network(**header["network"]), *denoiser.basis_and_prior(tensors, header))
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def white_tokens(basis: bases.Basis, prior: priors.Prior, images: Batch) -> Tokens:
+    """White tokens (b, L, D) of images (b, c, h, w), in a basis and prior of patches."""
+    raw = patchify(images, basis.shape[-1])
+    return prior.whiten(basis(raw.reshape(-1, *basis.shape))).reshape(raw.shape)
+
+
+def permutations(raster: bool, n: int, count: int, generator: torch.Generator) -> Permutation:
+    """Reading order, or a new random order for each image, (n, count)."""
+    if raster:
+        return torch.arange(count, device=generator.device).expand(n, -1)
+    return torch.rand(n, count, generator=generator, device=generator.device).argsort(1)
+
+
+def check_labels(labels: Labels | None, n: int, classes: int) -> None:
+    """Raise a ValueError unless labels are n integers below `classes`, or none."""
+    if labels is None:
+        return
+    fits = tuple(labels.shape) == (n,) and labels.dtype == torch.long
+    if not (fits and 0 <= int(labels.min()) and int(labels.max()) < classes):
+        raise ValueError(
+            f"labels must be {n} integers, 0 to {classes - 1}; got {labels.dtype} of shape {tuple(labels.shape)}, "
+            f"{labels.min()} to {labels.max()}"
+        )

@@ -1,0 +1,88 @@
+"""Drawing images token by token: how many at a time, and with how much guidance."""
+
+import math
+from itertools import pairwise
+
+import torch
+
+from gudlib import samplers
+from gudlib.mar.model import Autoregressor, check_labels, permutations
+from gudlib.mar.networks import Labels, Permutation
+from gudlib.process import Batch
+from gudlib.schedules import Schedule
+
+GUIDANCES = ("linear", "constant")
+
+
+def unmasking(count: int, steps: int) -> list[int]:
+    """How many of `count` tokens are known before each of `steps` steps, and at the end: few at first, then many.
+
+    Unknown after step s are count cos(pi/2 s/steps), rounded down, and at least one fewer than before.
+
+    Raises:
+        ValueError: if there are more steps than tokens, or none.
+
+    >>> unmasking(16, 4)
+    [0, 2, 5, 10, 16]
+    """
+    if not 1 <= steps <= count:
+        raise ValueError(f"steps must lie between 1 and the number of tokens, {count}; got {steps}")
+    left = [count]
+    for s in range(1, steps + 1):
+        left.append(min(left[-1] - 1, math.floor(count * math.cos(math.pi / 2 * (s / steps)))))
+    return [count - n for n in left]
+
+
+@torch.no_grad()
+def generate(
+    model: Autoregressor,
+    schedule: Schedule,
+    n: int,
+    generator: torch.Generator,
+    steps: int | None = None,
+    head_steps: int = 50,
+    method: str = "ancestral",
+    temperature: float = 1.0,
+    guidance: float = 1.0,
+    guidance_schedule: str = "linear",
+    labels: Labels | None = None,
+) -> tuple[Batch, Permutation]:
+    """Draw `n` images, some tokens at a time, each token by a sampler of its own; and in which order.
+
+    Arguments:
+        model: ready to sample (`eval`).
+        schedule: of one token.
+        n: number of images.
+        generator: of all randomness.
+        steps: of the trunk, R; those of a masked model take tokens as `unmasking` says. Default one token a step.
+        head_steps, method, temperature: as `steps`, `method`, `temperature` of `samplers.sample`.
+        guidance: weight w of the label, 1 is without; `linear` grows it from 1 with the share of tokens known after
+            the step, 1 + (w - 1) known / L, `constant` does not.
+        guidance_schedule: `linear` or `constant`.
+        labels: (n,); default none.
+
+    Raises:
+        ValueError: for sizes out of range, several tokens a step of a causal model, an unknown schedule of guidance,
+            guidance without labels, or labels that do not fit.
+    """
+    network = model.network
+    cuts = unmasking(network.count, network.count if steps is None else steps)
+    if network.kind != "masked" and len(cuts) <= network.count:
+        raise ValueError(f"a {network.kind} model draws one token a step, steps = {network.count}; got {steps}")
+    if guidance_schedule not in GUIDANCES:
+        raise ValueError(f"guidance_schedule must be one of {GUIDANCES}; got {guidance_schedule!r}")
+    if guidance != 1 and labels is None:
+        raise ValueError(f"guidance = {guidance} needs labels")
+    check_labels(labels, n, network.classes)
+    permutation = permutations(network.kind == "raster", n, network.count, generator)
+    tokens = torch.zeros(n, network.count, math.prod(model.basis.shape), device=generator.device)
+    process, cache = model.process(schedule), network.trunk.cache()
+    for start, stop in pairwise(cuts):
+        w = 1 + (guidance - 1) * (stop / network.count if guidance_schedule == "linear" else 1)
+        conditional = model.conditional(tokens, permutation, start, stop, labels, w, cache)
+        drawn = samplers.sample(
+            conditional, process, n * (stop - start), head_steps, method, generator, temperature=temperature
+        )
+        places = permutation[:, start:stop, None].expand(-1, -1, tokens.shape[-1])
+        tokens = tokens.scatter(1, places, drawn.white.float().reshape(places.shape))
+    return model.images(tokens), permutation

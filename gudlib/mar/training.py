@@ -1,0 +1,124 @@
+"""Training of an autoregressor: denoising regression for each token, given others."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from gudlib.data import dequantise
+from gudlib.denoiser import Denoiser
+from gudlib.families import stratified_times
+from gudlib.mar.model import Autoregressor, Conditioned, check_labels, permutations
+from gudlib.mar.networks import Network
+from gudlib.process import diffuse
+from gudlib.schedules import Schedule
+from gudlib.training import Loop, TrainingConfig
+
+
+def mask_ratio(lowest: float, spread: float, generator: torch.Generator) -> float:
+    """A share of tokens to mask: normal of mean 1 and standard deviation `spread`, confined to [lowest, 1].
+
+    Published are 0.7 and 0.25. Bounds need a model that has seen every number of known tokens: lowest 0 and a wide
+    spread (10 is uniform for all purposes, while 0.25 leaves 1 % of all draws below 0.36).
+    """
+    low = torch.special.ndtr(torch.tensor((lowest - 1) / spread, dtype=torch.float64))
+    u = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device).cpu()
+    return 1 + spread * float(torch.special.ndtri(low + (0.5 - low) * u))
+
+
+@dataclass(frozen=True)
+class MarTrainingConfig(TrainingConfig):
+    """How to train.
+
+    Attributes:
+        repeats: draws of noise for each token and z.
+        drop: share of images whose label is withheld, for guidance.
+        masking: lowest ratio and spread of `mask_ratio`, one ratio a batch (masked only).
+    """
+
+    repeats: int = 4
+    drop: float = 0.1
+    masking: tuple[float, float] = (0.7, 0.25)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1; got {self.repeats}")
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"drop must lie between 0 and 1; got {self.drop}")
+        if not (0 <= self.masking[0] < 1 and self.masking[1] > 0):
+            raise ValueError(f"masking must be (lowest in [0, 1), spread > 0); got {self.masking}")
+
+
+class MarTrainer(Loop):
+    """Trains an autoregressor; the rest is as for `gudlib.training.Trainer`.
+
+    Arguments:
+        model: to be trained in place.
+        images: the training data (n, c, h, w), uint8, dequantised with uniform noise at every use.
+        labels: their classes (n,), for a network that has some.
+        schedule: of one token.
+        config: how to train.
+        checkpoint: file to write to every `save_every` steps and at the end, and to resume from if it is there.
+
+    Raises:
+        ValueError: as `gudlib.training.Trainer`; and if labels and the network's classes do not fit.
+    """
+
+    config: MarTrainingConfig
+
+    def __init__(
+        self,
+        model: Autoregressor,
+        images: UInt8[Tensor, "n c h w"],
+        labels: Int64[Tensor, " n"] | None,
+        schedule: Schedule,
+        config: MarTrainingConfig,
+        checkpoint: str | Path | None = None,
+    ) -> None:
+        network = model.network
+        if (labels is None) != (network.classes == 0):
+            raise ValueError(f"labels must be given if the network has classes, only then; it has {network.classes}")
+        check_labels(labels, len(images), network.classes)
+        plain = Denoiser(network, model.basis, model.prior)
+        super().__init__(plain, images, network.image, config, checkpoint)
+        self.model, self.schedule = model.to(self.images.device), schedule
+        self.labels = None if labels is None else labels.to(self.images.device)
+
+    def loss(self, index: int) -> tuple[Tensor, Tensor]:
+        """Weighted loss, and squared noise errors (b m repeats, c, p, p), on the batch of step `index`."""
+        s, network, device = self.config, self.model.network, self.images.device
+        generator = self.stream(index)
+        which = torch.randint(len(self.images), (s.batch,), generator=generator, device=device)
+        tokens = self.model.tokens(dequantise(self.images[which], generator))
+        labels = torch.full_like(which, network.classes)
+        if self.labels is not None:
+            kept = torch.rand(s.batch, generator=generator, device=device) >= s.drop
+            labels = torch.where(kept, self.labels[which], labels)
+        permutation = permutations(network.kind == "raster", s.batch, network.count, generator)
+        start = 0
+        if network.kind == "masked":
+            start = network.count - math.ceil(network.count * mask_ratio(*s.masking, generator))
+        target = tokens.take_along_dim(permutation[:, start:, None], 1).repeat_interleave(s.repeats, 1)
+        t = stratified_times(target[..., 0].numel(), generator)
+        t = t[torch.randperm(len(t), generator=generator, device=device)].view(target.shape[:2])
+        eps = torch.randn(target.shape, generator=generator, device=device)
+
+        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        t, shape = t[mine].flatten(), self.model.basis.shape
+        white, eps = target[mine].reshape(-1, *shape), eps[mine].reshape(-1, *shape)
+        gamma = self.schedule.gamma(t).float()
+        context = tokens[mine], permutation[mine], start, labels[mine], s.repeats
+        model = Denoiser(Conditioned(self.denoiser.network, *context), self.model.basis, self.model.prior)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(generator.initial_seed())  # of dropout
+            error = (eps - model(diffuse(white, gamma, eps), gamma)).square()
+        return self.weighted(error, self.schedule, t), error
+
+    def averaged(self) -> Autoregressor:
+        """A model with the averaged weights, sharing basis and prior; for sampling."""
+        network: Network = self.average.module  # type: ignore[assignment]
+        return Autoregressor(network, self.model.basis, self.model.prior).eval()

@@ -1,0 +1,76 @@
+"""Files are written whole or not at all, by however many writers, and read as they were written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gudlib import files
+
+
+def test_what_is_written_is_read_and_nothing_lies_beside_it(tmp_path):
+    files.write(tmp_path / "new" / "text", "ä\n")
+    files.write_json(tmp_path / "new" / "json", {"a": [1, None]})
+    tensors = {"x": torch.arange(6.0).view(2, 3).T, "half": torch.ones(2).half(), "none": torch.empty(0, 3)}
+    files.write_tensors(tmp_path / "new" / "tensors", tensors, {"b": {"c": 2}})
+    assert (tmp_path / "new" / "text").read_text(encoding="utf-8") == "ä\n"
+    assert json.loads((tmp_path / "new" / "json").read_text()) == {"a": [1, None]}
+    found, header = files.read_tensors(tmp_path / "new" / "tensors")
+    assert header == {"b": {"c": 2}} and found.keys() == tensors.keys()
+    assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tensors.items())
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["json", "tensors", "text"]
+
+
+@pytest.mark.parametrize("stage", ["block", "fsync", "replace"])
+def test_a_write_that_fails_leaves_what_was_there_and_no_draft(tmp_path, monkeypatch, stage):
+    files.write(tmp_path / "a", "before")
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    if stage != "block":
+        monkeypatch.setattr(files.os, stage, fail)
+    with pytest.raises(OSError, match="No space"), files.replacing(tmp_path / "a") as draft:
+        draft.write_text("half")
+        if stage == "block":
+            fail()
+    assert (tmp_path / "a").read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_every_writer_has_a_draft_of_its_own(tmp_path):
+    with files.replacing(tmp_path / "a") as one, files.replacing(tmp_path / "a") as other:
+        assert one != other and one.parent == other.parent == tmp_path and one.name.startswith(".")
+        one.write_text("1")
+        other.write_text("2")
+    assert (tmp_path / "a").read_text() == "1"  # the block that ended last
+
+
+WRITER = """
+import sys
+from gudlib import files
+for i in range(200):
+    files.write(sys.argv[1], sys.argv[2] * 200_000)
+"""
+
+
+def test_two_writers_at_once_never_show_a_reader_anything_but_a_whole_file(tmp_path):
+    path = tmp_path / "shared"
+    files.write(path, "a" * 200_000)
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), letter]) for letter in "ab"]
+    reads = 0
+    while any(writer.poll() is None for writer in writers):
+        content = path.read_text()
+        assert content in ("a" * 200_000, "b" * 200_000)
+        reads += 1
+    assert reads > 0 and [writer.returncode for writer in writers] == [0, 0] and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08", b"\xff" * 100, b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
+def test_what_is_no_file_of_ours_is_named(tmp_path, content):
+    (tmp_path / "other").write_bytes(content)
+    with pytest.raises(ValueError, match="other is not a complete gudlib checkpoint"):
+        files.read_tensors(tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*nothing"):
+        files.read_tensors(tmp_path / "nothing")
