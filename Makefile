@@ -11,8 +11,8 @@ book: venv
 	@$(BIN)/python -m gudlib run
 
 test: venv
-	@$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --nbval-lax --nbval-cell-timeout 600 \
-	    tests gudlib notebooks
+	@$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --nbval-lax --nbval-cell-timeout 3600 \
+	    --nbval-kernel-startup-timeout 600 tests gudlib notebooks
 
 lab: venv
 	@$(BIN)/python -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb

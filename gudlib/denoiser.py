@@ -104,7 +104,7 @@ def load(path: str | Path) -> Denoiser:
         ValueError: if the file is not a complete checkpoint of a U-Net; the message names it.
     """
     tensors, header = read_saved(path)
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in header["network"].items()}
+    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in header["network"].items()}
     if options.pop("kind") != "unet":
         raise ValueError(f"{path} holds a network of kind {header['network']['kind']!r}; use gudlib.mar.load")
     network = networks.UNet(groups=tensors["network.levels.groups"], **options)

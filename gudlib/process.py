@@ -15,7 +15,6 @@ network, or a closed form of `gudlib.exact`. It gets the vector gamma, never t n
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -106,12 +105,6 @@ class Process(nn.Module):
     def data(self, white: Batch) -> Batch:
         """Images of white components; the inverse of `white`."""
         return self.basis.inverse(self.prior.unwhiten(white))
-
-    def noise(self, data: Batch, t: Float[Tensor, " #b"], generator: torch.Generator | None = None) -> Batch:
-        """Images `data` diffused to the times `t` (one for each, or one for all), seen as images again."""
-        white = self.white(data)
-        eps = torch.randn(white.shape, generator=generator, dtype=white.dtype, device=white.device)
-        return self.data(diffuse(white, self.schedule.gamma(t), eps))
 
     def forward_sde(self, white_t: Batch, t: Time) -> Coefficients:
         """d chi = -1/2 beta chi dt + sqrt(beta) dW."""

@@ -201,7 +201,7 @@ def soft_conditioning(
 
     first, last = (free(torch.full((1, 1, 1), t, dtype=torch.float64)) for t in (0.0, 1.0))
     kinks = torch.stack([(end - first) / (last - first) for end in (gamma_min, gamma_max)])
-    return Schedule(lambda t: free(t).clamp(gamma_min, gamma_max), _shape(order), kinks)
+    return Schedule(lambda t: free(t).clamp(gamma_min, gamma_max), shape_of(order), kinks)
 
 
 def sequential(
@@ -270,7 +270,7 @@ def sequential(
         return first + (last - first) * ((t - begun) / lasting).clamp(0, 1)
 
     kinks = torch.stack([start, start + duration]) if start.ndim == 3 else ()
-    return Schedule(gamma, _shape(orders[0]), kinks)
+    return Schedule(gamma, shape_of(orders[0]), kinks)
 
 
 def held(schedule: Schedule, known: Bool[Tensor, "*batch c h w"]) -> Schedule:
@@ -324,8 +324,9 @@ def _rising(**values: float) -> None:
             raise ValueError(f"{other} must be above {name}, {low}; got {high}")
 
 
-def _shape(order: Order) -> Shape:
-    c, h, w = order.shape
+def shape_of(components: Order) -> Shape:
+    """The shape (c, h, w) of a label or a variance of components."""
+    c, h, w = components.shape
     return c, h, w
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from gudlib import bases, schedules
-from gudlib.schedules import PerComponent, Schedule, Shape
+from gudlib.schedules import PerComponent, Schedule, Shape, shape_of
 
 Verdict = Literal["exact", "exact after rescaling", "limit", "approximate", "not an instance"]
 
@@ -217,7 +217,7 @@ def equal_snr(variance: PerComponent) -> System:
     return System(
         "EqualSNR", "fourier", r"$\sqrt{C_i}$", "as DDPM", "exact",
         "It is the whitened prior with one schedule for all; its weighting we could not verify.",
-        _FOURIER, ddpm(_shape(variance)).schedule, variance.sqrt(),
+        _FOURIER, ddpm(shape_of(variance)).schedule, variance.sqrt(),
     )  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def flipped_snr(variance: PerComponent) -> System:
     return System(
         "FlippedSNR", "fourier", r"$\sqrt{C_i / C_{d-i}}$", "as DDPM", "exact",
         "A control, and an instance like any other, although its authors did not succeed in training it.",
-        _FOURIER, ddpm(_shape(variance)).schedule, (variance / mirror).sqrt(),
+        _FOURIER, ddpm(shape_of(variance)).schedule, (variance / mirror).sqrt(),
     )  # fmt: skip
 
 
@@ -268,7 +268,7 @@ def mulan(
         "Given its latent z, from which a network computes a, b and c; over z the model is a mixture.",
         "Diffusion Models With Learned Adaptive Noise, S. S. Sahoo, A. Gokaslan, C. De Sa, V. Kuleshov, 2023, "
         "https://arxiv.org/abs/2312.13236",
-        Schedule(lambda t: gamma_min + (gamma_max - gamma_min) * rise(t) / rise(torch.ones_like(t)), _shape(a)),
+        Schedule(lambda t: gamma_min + (gamma_max - gamma_min) * rise(t) / rise(torch.ones_like(t)), shape_of(a)),
         weight=BOUND,
     )  # fmt: skip
 
@@ -319,7 +319,7 @@ def wavelet(variance: PerComponent, levels: int = 3, share: float | None = None)
 
     `variance` is that of the components; `share` of the time belongs to each band, 1 / (levels + 1) unless given.
     """
-    level = bases.Haar(_shape(variance), levels).label("level")
+    level = bases.Haar(shape_of(variance), levels).label("level")
     bands = [level == band for band in level.unique()]
     scale = sum(band * variance[band].mean().sqrt() for band in bands)
     return System(
@@ -388,11 +388,6 @@ def everything(shape: Shape, variance: Callable[[bases.Basis], PerComponent]) ->
         mar(schedules.patch_order(shape, shape[1] // 4)), wavelet(variance(bases.Haar(shape, 2)), 2),
         cascaded(shape), subspace(), heat_dissipation(shape),
     ]  # fmt: skip
-
-
-def _shape(components: PerComponent) -> Shape:
-    c, h, w = components.shape
-    return c, h, w
 
 
 def _ascending(**values: float) -> None:

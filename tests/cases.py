@@ -5,6 +5,7 @@ from torch import nn
 
 from gudlib import bases, priors, schedules
 
+PATIENCE = 1200  # seconds: against waiting for ever, on however busy a machine; nothing is expected to take as long
 SHAPE = (1, 2, 3)
 D = 6
 

@@ -7,7 +7,7 @@ import sys
 import cases
 import pytest
 import torch
-from cases import BASES, COLUMN, PRIORS, SHAPE, D, moments, randn, times
+from cases import BASES, COLUMN, PATIENCE, PRIORS, SHAPE, D, moments, randn, times
 from safetensors.torch import save_file
 from torch import nn
 
@@ -264,7 +264,7 @@ print("saved", seen)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_killed_while_saving_leaves_a_whole_file(tmp_path):
     command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 25
 

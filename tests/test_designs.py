@@ -351,7 +351,7 @@ def test_a_score_is_the_bound_of_held_out_images_and_the_metrics_of_generated_on
     assert (values["precision"], values["recall"]) == (covered.precision, covered.recall)
     assert values["spectrum"] == metrics.spectrum_error(real, images)
     assert values["memorised"] == metrics.memorised(images, real, held_out)
-    assert 0 < values["score_seconds"] < 60 and 0 < values["sample_seconds"] < 60
+    assert values["score_seconds"] > 0 and values["sample_seconds"] > 0
 
 
 def test_times_and_noise_of_the_bound_are_those_of_the_seed():

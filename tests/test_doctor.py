@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import PATIENCE
 
 from gudlib.files import ROOT
 
@@ -30,7 +31,7 @@ def doctor(project: Path, **variables: str) -> tuple[int, dict[str, str]]:
     """Exit code, and the remedy (or nothing) of each line."""
     environment = {k: v for k, v in os.environ.items() if k != "GUDLIB_DATA"} | {"HF_HUB_OFFLINE": "1"} | variables
     command = [sys.executable, "-m", "gudlib", "doctor"]
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert "Traceback" not in done.stderr
     lines = [*done.stdout.splitlines(), ""]
     following = zip(lines, lines[1:], strict=False)

@@ -83,7 +83,7 @@ def test_a_share_of_the_images_follows_another_schedule(generator):
     drawn, t = families.mixed_with(nested, usual, 1 / 8)(N, generator), torch.tensor([0.4], dtype=torch.float64)
     same = (drawn.gamma(t) == usual.gamma(t)).flatten(1).all(1)
     assert same.sum() == N // 8 and drawn.batch == (N,)
-    assert (drawn.gamma(1.0)[~same] == 5).all()
+    assert (drawn.gamma(1.0)[~same] - 5).abs().max() < 1e-12
     moves = drawn.dgamma_dt(t).flatten(1)
     assert (moves[same] == 6).all() and (moves[~same] != 6).any()
 

@@ -485,25 +485,22 @@ def test_guidance_of_one_is_none_exactly_and_costs_nothing(kind):
     model, rows = build(kind), []
     model.network.head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     options = dict(n=4, head_steps=3, labels=LABELS[:4])
-    plain, one, constant, two = (
+    plain, one, two = (
         mar.generate(model, mar.cosine(model), generator=torch.Generator().manual_seed(5), **options, **more)[0]
-        for more in ({}, {"guidance": 1.0}, {"guidance": 1.0, "guidance_schedule": "constant"}, {"guidance": 2.0})
+        for more in ({}, {"guidance": 1.0}, {"guidance": 2.0})
     )
-    assert torch.equal(plain, one) and torch.equal(plain, constant) and not torch.equal(plain, two)
-    assert len(rows) == 6 * 3 * (1 + 1 + 1 + 2)
+    assert torch.equal(plain, one) and not torch.equal(plain, two)
+    assert len(rows) == 6 * 3 * (1 + 1 + 2)
 
 
 @pytest.mark.parametrize("kind, steps", [("masked", 3), ("random", 6)])
-def test_guidance_grows_with_what_is_known_or_not_at_all(kind, steps, generator, monkeypatch):
+def test_guidance_grows_with_what_is_known(kind, steps, generator, monkeypatch):
     model, seen = build(kind), []
     inner = model.conditional
     monkeypatch.setattr(model, "conditional", lambda *args: seen.append(args[5]) or inner(*args))
     options = dict(n=2, generator=generator, steps=steps, head_steps=1, labels=LABELS[:2], guidance=4.0)
     mar.generate(model, mar.cosine(model), **options)
     assert seen == pytest.approx([1.5, 2.5, 4] if steps == 3 else [1.5, 2, 2.5, 3, 3.5, 4])
-    seen.clear()
-    mar.generate(model, mar.cosine(model), **options, guidance_schedule="constant")
-    assert seen == [4.0] * steps
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
@@ -773,7 +770,6 @@ REFUSED = {
     "steps must lie between 1 and the number of tokens, 6; got 7": lambda: sampled(steps=7),
     "the number of tokens, 6; got 0": lambda: sampled(steps=0),
     "a random model draws one token a step, steps = 6; got 3": lambda: sampled("random", steps=3),
-    "guidance_schedule must be one of .*got 'cosine'": lambda: sampled(guidance_schedule="cosine"),
     "guidance = 2.0 needs labels": lambda: sampled(guidance=2.0),
     "labels must be 2 integers, 0 to 2; got torch.int64 of shape .2,., 0 to 3": lambda: sampled(labels=LABELS[:2] * 3),
     "of shape .3,.": lambda: sampled(labels=torch.tensor([0, 1, 2])),

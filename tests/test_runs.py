@@ -22,6 +22,7 @@ import pandas
 import psutil
 import pytest
 import yaml
+from cases import PATIENCE
 
 from gudlib import __main__
 from gudlib.book import notebooks, runs
@@ -45,7 +46,7 @@ def command(*arguments: object, name: str = "run") -> list[str]:
 
 
 def gudlib(*arguments: object, name: str = "run") -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments, name=name), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command(*arguments, name=name), capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -179,19 +180,19 @@ def test_an_interrupt_ends_cleanly_and_the_next_run_continues(tmp_path):
     wait_for(lambda: (tmp_path / "out/slow.partial.ipynb").exists())
     wait_for(lambda: len(family(tmp_path)) > 1)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "Traceback" not in errors and "the same command continues" in errors
-    wait_for(lambda: not family(tmp_path), seconds=5)  # neither workers nor kernels are left
+    wait_for(lambda: not family(tmp_path))  # neither workers nor kernels are left
 
     (tmp_path / "go").touch()
-    again = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    again = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE)
     assert again.returncode == 0, again.stderr
     assert "quick skipped" in again.stdout and "slow completed" in again.stdout
 
 
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition) -> None:
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.1)
@@ -580,13 +581,13 @@ def test_a_sweep_that_was_killed_or_interrupted_goes_on_with_the_rest(tmp_path, 
             command(*arguments, name="sweep"), stdout=pipe, stderr=pipe, text=True, env=marked, start_new_session=True
         )
         try:
-            wait_for(lambda: (second.out / "a.partial.ipynb").exists() and len(pandas.read_parquet(table)), seconds=180)
+            wait_for(lambda: (second.out / "a.partial.ipynb").exists() and len(pandas.read_parquet(table)))
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
         os.killpg(process.pid, number)
-        _, errors = process.communicate(timeout=30)
-        wait_for(lambda: not family(tmp_path), seconds=20)  # nor kernels
+        _, errors = process.communicate(timeout=PATIENCE)
+        wait_for(lambda: not family(tmp_path))  # nor kernels
         assert pandas.read_parquet(table).square.tolist() == [1]
         return process.returncode, errors
 

@@ -391,7 +391,7 @@ here.assert_same(last, whole)
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
     command = [sys.executable, "-c", KILLED_WHILE_TRAINING, str(tmp_path), os.path.dirname(__file__)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=cases.PATIENCE, env=environment)
     assert done.returncode == 0, done.stderr
     assert 5 <= int(done.stdout.split()[-1]) < 60
 

@@ -21,7 +21,7 @@ from gudlib.files import NOTEBOOKS, replacing, write
 PICTURE = NOTEBOOKS / "figures" / "overview.png"
 # Of the kernels in refresh and test alike: one thread gives the same digits again, bars would be stored as text.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "TQDM_DISABLE": "1"}
-CELL_TIMEOUT = 600  # seconds
+CELL_TIMEOUT = 3600  # seconds: far beyond what a cell takes, on a busy machine too
 # nbclient plays the browser for ipywidgets' Output: its message may cross a cell's reply, for which it then waits
 # forever (github.com/jupyter/nbclient/issues/312). Without, what is printed into an Output is the cell's own output.
 NO_WIDGETS: dict[str, dict] = {}

@@ -11,8 +11,6 @@ from gudlib.mar.networks import Labels, Permutation
 from gudlib.process import Batch
 from gudlib.schedules import Schedule
 
-GUIDANCES = ("linear", "constant")
-
 
 def unmasking(count: int, steps: int) -> list[int]:
     """How many of `count` tokens are known before each of `steps` steps, and at the end: few at first, then many.
@@ -44,7 +42,6 @@ def generate(
     method: str = "ancestral",
     temperature: float = 1.0,
     guidance: float = 1.0,
-    guidance_schedule: str = "linear",
     labels: Labels | None = None,
 ) -> tuple[Batch, Permutation]:
     """Draw `n` images, some tokens at a time, each token by a sampler of its own; and in which order.
@@ -56,21 +53,18 @@ def generate(
         generator: of all randomness.
         steps: of the trunk, R; those of a masked model take tokens as `unmasking` says. Default one token a step.
         head_steps, method, temperature: as `steps`, `method`, `temperature` of `samplers.sample`.
-        guidance: weight w of the label, 1 is without; `linear` grows it from 1 with the share of tokens known after
-            the step, 1 + (w - 1) known / L, `constant` does not.
-        guidance_schedule: `linear` or `constant`.
+        guidance: weight w of the label, 1 is without; it grows from 1 with the share of tokens known after the step,
+            1 + (w - 1) known / L.
         labels: (n,); default none.
 
     Raises:
-        ValueError: for sizes out of range, several tokens a step of a causal model, an unknown schedule of guidance,
-            guidance without labels, or labels that do not fit.
+        ValueError: for sizes out of range, several tokens a step of a causal model, guidance without labels, or labels
+            that do not fit.
     """
     network = model.network
     cuts = unmasking(network.count, network.count if steps is None else steps)
     if network.kind != "masked" and len(cuts) <= network.count:
         raise ValueError(f"a {network.kind} model draws one token a step, steps = {network.count}; got {steps}")
-    if guidance_schedule not in GUIDANCES:
-        raise ValueError(f"guidance_schedule must be one of {GUIDANCES}; got {guidance_schedule!r}")
     if guidance != 1 and labels is None:
         raise ValueError(f"guidance = {guidance} needs labels")
     check_labels(labels, n, network.classes)
@@ -78,7 +72,7 @@ def generate(
     tokens = torch.zeros(n, network.count, math.prod(model.basis.shape), device=generator.device)
     process, cache = model.process(schedule), network.trunk.cache()
     for start, stop in pairwise(cuts):
-        w = 1 + (guidance - 1) * (stop / network.count if guidance_schedule == "linear" else 1)
+        w = 1 + (guidance - 1) * stop / network.count
         conditional = model.conditional(tokens, permutation, start, stop, labels, w, cache)
         drawn = samplers.sample(
             conditional, process, n * (stop - start), head_steps, method, generator, temperature=temperature
