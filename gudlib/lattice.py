@@ -28,19 +28,14 @@ References:
     The pivot algorithm, N. Madras, A. D. Sokal, 1988, https://doi.org/10.1007/BF01022990, appendix C
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int8, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
-
-from gudlib.files import DATA, read_tensors, write_tensors
 
 Fields = Float[Tensor, "*n size size"]
 Coarse = Float[Tensor, "*n coarse coarse"]
@@ -49,8 +44,6 @@ Momenta = Float[Tensor, "2 *k"]
 Propagator = Callable[[Momenta], Float[Tensor, "*k"]]
 
 T_C = 2 / math.log(1 + math.sqrt(2))  # where the infinite Ising model is critical
-CACHE = DATA / "cache"
-VERSION = 1  # of what `ensemble` stores: raise it when the same arguments no longer give the same fields
 
 
 def momenta(size: int) -> Float[Tensor, "2 size size"]:
@@ -395,50 +388,6 @@ def autocorrelation_time(series: Float[Tensor, "draws chains"], window: float = 
 def standard_error(series: Float[Tensor, "draws chains"]) -> float:
     """Of the mean of all draws of all chains: sqrt(2 tau variance / (draws * chains))."""
     return math.sqrt(2 * autocorrelation_time(series) * float(series.double().var()) / series.numel())
-
-
-# Ensembles kept on disk
-
-KINDS: dict[str, Callable[..., MarkovChains]] = {"phi4": phi4, "ising": ising}
-
-
-def ensemble(
-    kind: str, size: int, chains: int, draws: int, seed: int, *, folder: Path = CACHE, progress: bool = True,
-    **options: Any,
-) -> MarkovChains:  # fmt: skip
-    """`phi4` or `ising` fields: read if they are in `folder`, made and stored there if not.
-
-    A file is named after all arguments and `VERSION`, is written whole or not at all, and counts only if it says that
-    it was made from these and its contents have the checksum that it states.
-
-    Raises:
-        ValueError: for an unknown kind, and as `phi4` and `ising` do.
-    """
-    _expect(kind in KINDS, f"kind must be one of {sorted(KINDS)}; got {kind!r}")
-    arguments = {"size": size, "chains": chains, "draws": draws, "seed": seed, **dict(sorted(options.items()))}
-    name = "_".join([kind, *(f"{key}{value}" for key, value in arguments.items()), f"v{VERSION}"])
-    path = folder / f"{name}.safetensors"
-    if (stored := _read(path, name)) is not None:
-        return stored
-    generator = torch.Generator().manual_seed(seed)
-    made = KINDS[kind](size, chains, draws, generator, progress=progress, **options)
-    about = {"made from": name, "acceptance": made.acceptance, "checksum": _checksum(made.fields)}
-    write_tensors(path, {"fields": made.fields}, about)
-    return made
-
-
-def _read(path: Path, name: str) -> MarkovChains | None:
-    try:
-        tensors, about = read_tensors(path)
-    except (OSError, ValueError):
-        return None
-    if about.get("made from") != name or about["checksum"] != _checksum(tensors["fields"]):
-        return None
-    return MarkovChains(tensors["fields"], about["acceptance"])
-
-
-def _checksum(fields: Tensor) -> str:
-    return hashlib.sha256(fields.numpy().tobytes()).hexdigest()
 
 
 def _coins(shape: torch.Size, generator: torch.Generator) -> Spins:

@@ -13,7 +13,6 @@ network, or a closed form of `gudlib.exact`. It gets the vector gamma, never t n
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -72,14 +71,6 @@ def diffuse(white: Levels, gamma: Levels, eps: Levels) -> Levels:
     return alpha(gamma) * white + sigma(gamma) * eps
 
 
-@dataclass(frozen=True)
-class Coefficients:
-    """Drift and diffusion of `d chi = drift dt + diffusion dW`, each (b, c, h, w), per unit of t."""
-
-    drift: Tensor
-    diffusion: Tensor
-
-
 class Process(nn.Module):
     """One diffusion process: a basis, a prior and a schedule for the same components.
 
@@ -106,13 +97,8 @@ class Process(nn.Module):
         """Images of white components; the inverse of `white`."""
         return self.basis.inverse(self.prior.unwhiten(white))
 
-    def forward_sde(self, white_t: Batch, t: Time) -> Coefficients:
-        """d chi = -1/2 beta chi dt + sqrt(beta) dW."""
-        beta = self.schedule.beta(t)
-        return Coefficients(-0.5 * beta * white_t, beta.sqrt().expand_as(white_t))
-
-    def reverse_sde(self, white_t: Batch, t: Time, eps: Batch) -> Coefficients:
-        """The process run backwards: drift -beta (chi / 2 + score); integrate it with dt < 0.
+    def reverse_sde(self, white_t: Batch, t: Time, eps: Batch) -> tuple[Batch, Batch]:
+        """Drift -beta (chi / 2 + score) and diffusion sqrt(beta) of the process run backwards, with dt < 0.
 
         References:
             Reverse-time diffusion equation models, B. D. O. Anderson, 1982,
@@ -120,7 +106,7 @@ class Process(nn.Module):
         """
         beta = self.schedule.beta(t)
         score = from_eps(eps, "score", white_t, self.schedule.gamma(t))
-        return Coefficients(-beta * (0.5 * white_t + score), beta.sqrt().expand_as(white_t))
+        return -beta * (0.5 * white_t + score), beta.sqrt().expand_as(white_t)
 
     def velocity(self, white_t: Batch, t: Time, eps: Batch) -> Batch:
         """d chi / dt of the probability-flow ODE, -beta (chi + score) / 2 = (d gamma/dt) sigma (eps - sigma chi) / 2.

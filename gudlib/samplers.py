@@ -80,8 +80,8 @@ Evaluation = tuple[Tensor, Tensor]  # noise levels at which the model was called
 
 def euler_maruyama(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
     """One Euler-Maruyama step of the reverse SDE from time t to s < t."""
-    sde = process.reverse_sde(white_t, t, model(white_t, process.schedule.gamma(t)))
-    return Step(white_t + (s - t) * sde.drift, sde.diffusion * (t - s).sqrt())
+    drift, diffusion = process.reverse_sde(white_t, t, model(white_t, process.schedule.gamma(t)))
+    return Step(white_t + (s - t) * drift, diffusion * (t - s).sqrt())
 
 
 def ancestral(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:

@@ -108,29 +108,27 @@ class Schedule:
 
 def linear(shape: Shape, gamma_min: float = -7.0, gamma_max: float = 5.0) -> Schedule:
     """One straight line for all components: gamma(t) = gamma_min + (gamma_max - gamma_min) t."""
-    _rising(gamma_min=gamma_min, gamma_max=gamma_max)
+    rising(gamma_min=gamma_min, gamma_max=gamma_max)
     return Schedule(lambda t: gamma_min + (gamma_max - gamma_min) * t, shape)
 
 
-def vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5) -> Schedule:
-    """The linear-beta schedule of score-based SDEs: beta(t) = beta_min + t (beta_max - beta_min) for t >= t_min.
+def vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
+    """The linear-beta schedule of score-based SDEs: beta(t) = beta_min + t (beta_max - beta_min).
 
-    gamma = log(exp(B) - 1) with B = int_0^t beta; before `t_min` nothing moves, so that gamma(0) is finite (-13.8).
+    gamma = log(exp(B) - 1) with B = int_0^t beta; before t = 1e-5 nothing moves, so that gamma(0) is finite (-13.8).
 
     References:
         Score-Based Generative Modeling through Stochastic Differential Equations, Y. Song et al., 2021,
         https://arxiv.org/abs/2011.13456, appendix C
     """
-    if not 0 < t_min < 1:
-        raise ValueError(f"t_min must lie between 0 and 1; got {t_min}")
-    _rising(zero=0, beta_min=beta_min, beta_max=beta_max)
+    rising(zero=0, beta_min=beta_min, beta_max=beta_max)
 
     def gamma(t: Tensor) -> Tensor:
-        t = t.clamp(min=t_min)
+        t = t.clamp(min=1e-5)
         integral = beta_min * t + 0.5 * (beta_max - beta_min) * t**2
         return integral + (-torch.expm1(-integral)).log()
 
-    return Schedule(gamma, shape, [t_min])
+    return Schedule(gamma, shape, [1e-5])
 
 
 def cosine(shape: Shape, gamma_min: float = -10.0, gamma_max: float = 10.0, offset: float = 0.008) -> Schedule:
@@ -144,7 +142,7 @@ def cosine(shape: Shape, gamma_min: float = -10.0, gamma_max: float = 10.0, offs
         Improved Denoising Diffusion Probabilistic Models, A. Nichol, P. Dhariwal, 2021,
         https://arxiv.org/abs/2102.09672, section 3.2
     """
-    _rising(gamma_min=gamma_min, gamma_max=gamma_max)
+    rising(gamma_min=gamma_min, gamma_max=gamma_max)
     f0 = math.cos(math.pi / 2 * offset / (1 + offset)) ** 2
 
     def time(gamma: float) -> float:
@@ -189,8 +187,8 @@ def soft_conditioning(
     Raises:
         ValueError: if the targets, or gamma_min and gamma_max, do not rise.
     """
-    _rising(gamma_min_target=float(torch.as_tensor(gamma_min_target).max()), gamma_max_target=gamma_max_target)
-    _rising(gamma_min=gamma_min, gamma_max=gamma_max)
+    rising(gamma_min_target=float(torch.as_tensor(gamma_min_target).max()), gamma_max_target=gamma_max_target)
+    rising(gamma_min=gamma_min, gamma_max=gamma_max)
 
     def free(t: Tensor) -> Tensor:
         each, start = (x.to(t)[..., None, None, None] if isinstance(x, Tensor) else x for x in (a, gamma_min_target))
@@ -318,7 +316,8 @@ def rescaled(schedule: Schedule, scale: PerComponent) -> Schedule:
     return Schedule(lambda t: gamma(t[..., 0, 0, 0]) + 2 * scale.log().to(t), schedule.shape, schedule.kinks)
 
 
-def _rising(**values: float) -> None:
+def rising(**values: float) -> None:
+    """Raise a ValueError unless each value is above the one before; it names both."""
     for (name, low), (other, high) in pairwise(values.items()):
         if not low < high:
             raise ValueError(f"{other} must be above {name}, {low}; got {high}")

@@ -23,7 +23,6 @@ settings as defaults, and raises ValueError for settings that make no such proce
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from gudlib import bases, schedules
-from gudlib.schedules import PerComponent, Schedule, Shape, shape_of
+from gudlib.schedules import PerComponent, Schedule, Shape, rising, shape_of
 
 Verdict = Literal["exact", "exact after rescaling", "limit", "approximate", "not an instance"]
 
@@ -99,7 +98,7 @@ class System:
 
 def ddpm(shape: Shape, steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> System:
     """DDPM: betas on a line; t = n / (steps - 1) for the published steps n = 0 .. steps - 1."""
-    _ascending(beta_min=beta_min, beta_max=beta_max)
+    rising(zero=0.0, beta_min=beta_min, beta_max=beta_max)
     betas = torch.linspace(beta_min, beta_max, steps, dtype=torch.float64)
     return System(
         "DDPM", "pixel", "$1$", r"$\log[(1 - \bar\alpha_n) / \bar\alpha_n]$", "exact",
@@ -111,7 +110,7 @@ def ddpm(shape: Shape, steps: int = 1000, beta_min: float = 1e-4, beta_max: floa
 
 def improved_ddpm(shape: Shape, steps: int = 1000, cap: float = 0.999) -> System:
     """Improved DDPM: the cosine schedule at t = 1 / steps, 2 / steps, ..., with betas of at most `cap`."""
-    _ascending(cap=cap, one=1)
+    rising(zero=0.0, cap=cap, one=1)
     return System(
         "improved DDPM", "pixel", "$1$", r"$\log[f(0) / f(t) - 1]$", "exact",
         "On its grid like DDPM; the last beta is capped.",
@@ -153,7 +152,7 @@ def score_sde_sub_vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0
 
 def score_sde_ve(shape: Shape, sigma_min: float = 0.01, sigma_max: float = 50.0) -> System:
     """The variance-exploding SDE: a = 1, and b geometric from sigma_min to sigma_max, in units of the data."""
-    _ascending(sigma_min=sigma_min, sigma_max=sigma_max)
+    rising(zero=0.0, sigma_min=sigma_min, sigma_max=sigma_max)
     return System(
         "score SDE, VE", "pixel", "$1$", r"$2\log\sigma$", "exact after rescaling",
         "Noise grows while the data stay; shrinking both makes it a straight line in gamma.",
@@ -184,8 +183,8 @@ def edm(
     p_mean: float = -1.2, p_std: float = 1.2,
 ) -> System:  # fmt: skip
     """EDM: t runs along its sampler's grid, sigma^(1/rho) linear; in training log sigma ~ N(p_mean, p_std^2)."""
-    _ascending(sigma_min=sigma_min, sigma_max=sigma_max)
-    _ascending(sigma_data=sigma_data)
+    rising(zero=0.0, sigma_min=sigma_min, sigma_max=sigma_max)
+    rising(zero=0.0, sigma_data=sigma_data)
     mean, deviation = 2 * (p_mean - math.log(sigma_data)), 2 * p_std
 
     def gamma(t: Tensor) -> Tensor:
@@ -237,7 +236,7 @@ def blurring(shape: Shape, sigma_blur: float = 20.0, floor: float = 0.001, reach
 
     sigma_B = sigma_blur sin^2(pi t / 2) pixels; without blur gamma would go from -reach to reach.
     """
-    _ascending(floor=floor, one=1)
+    rising(zero=0.0, floor=floor, one=1)
     k = bases.DCT(shape).label("wavenumber")
     first, last = (math.atan(math.exp(end / 2)) for end in (-reach, reach))
 
@@ -292,7 +291,8 @@ def diffusion_forcing(order: PerComponent, steps: int = 100, lag: float = 1.0) -
 def rolling(order: PerComponent, window: int = 4) -> System:
     """Rolling diffusion: frame k is at its own time clip((k + s) / window, 0, 1) while s slides through the film."""
     frames = order.unique().numel()
-    _ascending(window=window, frames=frames + 0.5)
+    if not 0 < window <= frames:
+        raise ValueError(f"window must lie between 1 and the number of frames, {frames}; got {window}")
     return System(
         "rolling diffusion", "frame", "$1$", r"$\gamma(\mathrm{clip}((k_i + s) / W))$", "exact",
         "For a finite film, on the path of diffusion forcing, if our memory of its ramp is right.",
@@ -303,7 +303,7 @@ def rolling(order: PerComponent, window: int = 4) -> System:
 
 def mar(order: PerComponent, steps: int = 1000, cap: float = 0.999) -> System:
     """MAR at one token a step: each token runs the improved DDPM schedule to its end before the next one starts."""
-    _ascending(cap=cap, one=1)
+    rising(zero=0.0, cap=cap, one=1)
     return System(
         "MAR", "token", "$1$", "improved DDPM's, in turn", "limit",
         "Of context without noise, gamma_min to -inf, for single tokens in a fixed order; several at a time are drawn "
@@ -357,8 +357,8 @@ def subspace() -> System:
 
 def heat_dissipation(shape: Shape, blur_min: float = 0.5, blur_max: float = 20.0, noise: float = 0.01) -> System:
     """Inverse heat dissipation: ever more blur, and noise drawn afresh at every level. Near it: its marginals."""
-    _ascending(blur_min=blur_min, blur_max=blur_max)
-    _ascending(noise=noise)
+    rising(zero=0.0, blur_min=blur_min, blur_max=blur_max)
+    rising(zero=0.0, noise=noise)
     k = bases.DCT(shape).label("wavenumber")
 
     def gamma(t: Tensor) -> Tensor:
@@ -388,11 +388,6 @@ def everything(shape: Shape, variance: Callable[[bases.Basis], PerComponent]) ->
         mar(schedules.patch_order(shape, shape[1] // 4)), wavelet(variance(bases.Haar(shape, 2)), 2),
         cascaded(shape), subspace(), heat_dissipation(shape),
     ]  # fmt: skip
-
-
-def _ascending(**values: float) -> None:
-    if not all(low < high for low, high in pairwise([0.0, *values.values()])):
-        raise ValueError(f"needed: 0 < {' < '.join(values)}; got {', '.join(map(str, values.values()))}")
 
 
 def _tabulated(decay: Tensor, shape: Shape) -> Schedule:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gudlib import files, lattice
+from gudlib import lattice
 
 MASS2, COUPLING = -0.4, 0.3  # a double well
 
@@ -428,75 +428,6 @@ def test_alternating_draws_do_not_count_more_than_independent_ones():
     assert lattice.autocorrelation_time(autoregressive(-0.5, 500, 20)) == 0.5
 
 
-# Ensembles on disk
-
-ARGUMENTS = {"ising": {"temperature": 2.0}, "phi4": {"mass2": MASS2, "coupling": COUPLING, "step": 0.5}}
-
-
-def make(folder, kind="ising", seed=0, **more):
-    options = {**ARGUMENTS[kind], "thermalise": 2, **more}
-    return lattice.ensemble(kind, 4, 3, 2, seed, folder=folder, progress=False, **options)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often each kind is generated."""
-    counts = []
-
-    def counting(function):
-        return lambda *args, **options: counts.append(1) or function(*args, **options)
-
-    monkeypatch.setattr(lattice, "KINDS", {kind: counting(f) for kind, f in lattice.KINDS.items()})
-    return counts
-
-
-@pytest.mark.parametrize("kind", lattice.KINDS)
-def test_the_second_time_fields_are_read(tmp_path, calls, kind):
-    first, again = make(tmp_path / "new", kind), make(tmp_path / "new", kind)
-    assert len(calls) == 1 and torch.equal(first.fields, again.fields) and first.acceptance == again.acceptance
-    assert first.fields.shape == (2, 3, 4, 4) and (first.acceptance < 1) == (kind == "phi4")
-    function = {"ising": lattice.ising, "phi4": lattice.phi4}[kind]
-    direct = function(4, 3, 2, seeded(), thermalise=2, progress=False, **ARGUMENTS[kind])
-    assert torch.equal(first.fields, direct.fields)
-
-
-def test_other_arguments_or_versions_are_other_files(tmp_path, calls, monkeypatch):
-    make(tmp_path), make(tmp_path, seed=1), make(tmp_path, temperature=2.1), make(tmp_path, every=2)
-    monkeypatch.setattr(lattice, "VERSION", lattice.VERSION + 1)
-    make(tmp_path)
-    assert len(calls) == 5 and len(list(tmp_path.iterdir())) == 5
-
-
-@pytest.mark.parametrize("damage", ["truncated", "one byte", "empty", "no file at all", "another's"])
-def test_damaged_files_are_made_anew(tmp_path, calls, damage):
-    expected = make(tmp_path)
-    (path,) = tmp_path.iterdir()
-    content = path.read_bytes()
-    make(tmp_path, seed=1)
-    (other,) = set(tmp_path.iterdir()) - {path}
-    path.write_bytes({
-        "truncated": content[:-5],
-        "one byte": content[:-1] + bytes([content[-1] ^ 0xFE]),
-        "empty": b"",
-        "no file at all": b"<html>not found</html>",
-        "another's": other.read_bytes(),
-    }[damage])  # fmt: skip
-    again = make(tmp_path)
-    assert len(calls) == 3 and torch.equal(again.fields, expected.fields)
-    assert torch.equal(make(tmp_path).fields, expected.fields) and len(calls) == 3
-
-
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_an_interruption_leaves_no_half_written_file(tmp_path, monkeypatch, function):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(files.os, function, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_progress_is_shown_or_not(monkeypatch):
     shown = []
     monkeypatch.setattr(lattice, "tqdm", lambda steps, desc: shown.append((desc, len(steps))) or steps)
@@ -522,7 +453,6 @@ def test_progress_is_shown_or_not(monkeypatch):
         (lambda: lattice.shell(randn(6, 6), 0), "factor must divide the lattice size 6; got 0"),
         (lambda: lattice.majority(spin_states(9).view(-1, 3, 3), 2, seeded()), "lattice size 3; got 2"),
         (lambda: lattice.radial(randn(6, 6), 4), "bins must lie between 1 and 3 for size 6; got 4"),
-        (lambda: lattice.ensemble("potts", 4, 1, 1, 0), r"one of \['ising', 'phi4'\]; got 'potts'"),
     ],
 )
 def test_bad_input_is_refused(call, message):
@@ -533,8 +463,3 @@ def test_bad_input_is_refused(call, message):
 def test_acceptance_is_a_share_of_all_proposals(generator):
     made = lattice.phi4(4, 3, 5, generator, mass2=1.0, coupling=0.0, step=1e-3, every=2, thermalise=7, progress=False)
     assert made.acceptance == pytest.approx(1, abs=1e-3)
-
-
-def test_ensembles_of_other_seeds_are_others(tmp_path):
-    one, two = (lattice.ensemble("ising", 4, 2, 3, k, folder=tmp_path, progress=False, temperature=3.0) for k in (0, 1))
-    assert not torch.equal(one.fields, two.fields)

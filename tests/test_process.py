@@ -32,15 +32,15 @@ def test_forward_marginal_solves_the_moment_equations_of_the_sde(schedule):
     """dm/dt = drift, dv/dt = -beta v + diffusion^2, integrated numerically from t = 0."""
     process, n = make(schedule=schedule), 6000
     middle = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    sde = process.forward_sde(torch.ones(n, *SHAPE, dtype=torch.float64), middle)
-    shrink = (2 * sde.drift / n).exp()  # of the variance, in one small step
+    beta = process.schedule.beta(middle)  # d chi = -1/2 beta chi dt + sqrt(beta) dW
+    shrink = (-beta / n).exp()  # of the variance, in one small step
     start = torch.zeros((), dtype=torch.float64)
     zero, one = torch.zeros(SHAPE, dtype=torch.float64), torch.ones(SHAPE, dtype=torch.float64)
     mean = diffuse(one, process.schedule.gamma(start), zero)
     var = diffuse(zero, process.schedule.gamma(start), one) ** 2
     for i in range(n):
         mean = mean * shrink[i].sqrt()
-        var = var * shrink[i] + sde.diffusion[i] ** 2 / n * (1 + shrink[i]) / 2
+        var = var * shrink[i] + beta[i] / n * (1 + shrink[i]) / 2
         if (i + 1) % (n // 5) == 0:
             gamma = process.schedule.gamma(torch.tensor((i + 1) / n, dtype=torch.float64))
             torch.testing.assert_close(mean, diffuse(one, gamma, zero), rtol=2e-3, atol=1e-4)
@@ -64,16 +64,15 @@ def test_reverse_sde_keeps_the_marginals(schedule):
     v, slope = torch.func.jvp(lambda t: variance(process, t), (t,), (torch.ones_like(t),))
     chi = randn(8, *SHAPE)
     eps = gaussian_eps(chi, process.schedule.gamma(t), process.prior.white_variance)
-    sde = process.reverse_sde(chi, t, eps)
-    torch.testing.assert_close(2 * sde.drift / chi * v - sde.diffusion**2, slope, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(sde.diffusion**2, process.schedule.beta(t))
+    drift, diffusion = process.reverse_sde(chi, t, eps)
+    torch.testing.assert_close(2 * drift / chi * v - diffusion**2, slope, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(diffusion**2, process.schedule.beta(t))
 
 
 def test_the_flow_is_half_way_between_the_sde_and_its_reverse():
     process, t, chi, eps = make(), times(5), randn(5, *SHAPE), randn(5, *SHAPE, seed=3)
-    forward, reverse = process.forward_sde(chi, t), process.reverse_sde(chi, t, eps)
-    torch.testing.assert_close(process.velocity(chi, t, eps), (forward.drift + reverse.drift) / 2)
-    assert torch.equal(forward.diffusion, reverse.diffusion)
+    forward, (reverse, _) = -0.5 * process.schedule.beta(t) * chi, process.reverse_sde(chi, t, eps)
+    torch.testing.assert_close(process.velocity(chi, t, eps), (forward + reverse) / 2)
 
 
 # Conversions

@@ -25,7 +25,7 @@ REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT[
 ORDER = """files lattice bases priors schedules families process exact zoo networks denoiser data training samplers
     importance likelihood metrics mar.networks mar.model mar.training mar.sampling mar.likelihood mar designs plotting
     book book.claims book.notebooks book.runs book.doctor __main__""".split()
-LEAVES = {"files", "bases", "priors", "schedules", "networks", "book"}
+LEAVES = {"files", "lattice", "bases", "priors", "schedules", "networks", "book"}
 SIBLINGS = {"training", "samplers", "likelihood"}
 TAGS = ("navigation", "parameters", "nbval-check-output")
 

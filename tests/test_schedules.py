@@ -538,7 +538,6 @@ def test_schedules_that_cannot_be_run_are_refused():
 def test_impossible_parameters_are_refused_with_their_values():
     cases = [
         (lambda: schedules.linear(SHAPE, 5.0, 5.0), "gamma_max must be above gamma_min, 5.0; got 5.0"),
-        (lambda: schedules.vp(SHAPE, t_min=0.0), "t_min"),
         (lambda: schedules.vp(SHAPE, beta_min=0.0), "beta_min"),
         (lambda: schedules.vp(SHAPE, beta_min=3.0, beta_max=2.0), "beta_max"),
         (lambda: schedules.cosine(SHAPE, 1.0, -1.0), "gamma_max must be above gamma_min, 1.0; got -1.0"),

@@ -539,28 +539,28 @@ def test_heat_dissipation_has_these_marginals_but_not_this_process():
 @pytest.mark.usefixtures("unchecked")
 def test_impossible_settings_are_refused_with_their_values():
     cases = [
-        (lambda: zoo.ddpm(SHAPE, beta_min=0.0), "0 < beta_min < beta_max; got 0.0, 0.02"),
-        (lambda: zoo.ddpm(SHAPE, beta_min=0.03), "got 0.03, 0.02"),
+        (lambda: zoo.ddpm(SHAPE, beta_min=0.0), "beta_min must be above zero, 0.0; got 0.0"),
+        (lambda: zoo.ddpm(SHAPE, beta_min=0.03), "beta_max must be above beta_min, 0.03; got 0.02"),
         (lambda: zoo.ddpm(SHAPE, beta_max=1.0), "betas between 0 and 1"),
         (lambda: zoo.ddpm(SHAPE, steps=1), "at least 2.*got 1 steps"),
-        (lambda: zoo.improved_ddpm(SHAPE, cap=1.0), "0 < cap < one; got 1.0"),
+        (lambda: zoo.improved_ddpm(SHAPE, cap=1.0), "one must be above cap, 1.0; got 1"),
         (lambda: zoo.improved_ddpm(SHAPE, steps=1), "got 1 steps"),
         (lambda: zoo.score_sde_vp(SHAPE, 2.0, 1.0), "beta_max"),
         (lambda: zoo.score_sde_sub_vp(SHAPE, 2.0, 1.0), "beta_max"),
         (lambda: zoo.score_sde_ve(SHAPE, 0.0), "sigma_min"),
         (lambda: zoo.vdm(SHAPE, 5.0, 4.0), "must not fall"),
-        (lambda: zoo.edm(SHAPE, sigma_data=-1.0), "sigma_data; got -1.0"),
-        (lambda: zoo.edm(SHAPE, sigma_min=3.0, sigma_max=2.0), "got 3.0, 2.0"),
+        (lambda: zoo.edm(SHAPE, sigma_data=-1.0), "sigma_data must be above zero, 0.0; got -1.0"),
+        (lambda: zoo.edm(SHAPE, sigma_min=3.0, sigma_max=2.0), "sigma_max must be above sigma_min, 3.0; got 2.0"),
         (lambda: zoo.blurring(SHAPE, floor=0.0), "floor"),
         (lambda: zoo.mulan(COLUMN, COLUMN, COLUMN), "finite"),  # no rise at all in column 0
         (lambda: zoo.diffusion_forcing(COLUMN, 10, 11), "steps = 10.*got 11"),
         (lambda: zoo.diffusion_forcing(COLUMN, 10, -1), "got -1"),
-        (lambda: zoo.rolling(COLUMN, 7), "window < frames; got 7"),
+        (lambda: zoo.rolling(COLUMN, 7), "window must lie between 1 and the number of frames, 6; got 7"),
         (lambda: zoo.rolling(COLUMN, 0), "got 0"),
         (lambda: zoo.mar(COLUMN, cap=2.0), "cap"),
         (lambda: zoo.wavelet(VARIANCE, 2, 0.1), "at least 0.333334"),
         (lambda: zoo.heat_dissipation(SHAPE, noise=0.0), "noise"),
-        (lambda: zoo.heat_dissipation(SHAPE, 20.0, 0.5), "blur_min < blur_max"),
+        (lambda: zoo.heat_dissipation(SHAPE, 20.0, 0.5), "blur_max must be above blur_min, 20.0; got 0.5"),
     ]
     for make, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gudlib import bases, denoiser, priors, schedules
+from gudlib import bases, denoiser, priors
 from gudlib.denoiser import Denoiser
 from gudlib.mar.networks import KINDS, Cache, Labels, Network, Permutation, Tokens, patch_count
 from gudlib.process import Batch, Gamma, Model, Process
@@ -114,14 +114,6 @@ class Autoregressor(nn.Module):
 
     def _denoiser(self, z: Float[Tensor, "b m width"]) -> Denoiser:
         return Denoiser(Conditioned(self.network.head, z.flatten(0, 1)), self.basis, self.prior)
-
-
-def cosine(model: Autoregressor, gamma_min: float = -10.0, gamma_max: float = 7.0) -> Schedule:
-    """The published cosine schedule of a token, cut at gamma_min and gamma_max.
-
-    Its own last step, at gamma = 19.8, makes the first of 100 sampling steps multiply the head's error by 316.
-    """
-    return schedules.cosine(model.basis.shape, gamma_min, gamma_max)
 
 
 def save(model: Autoregressor, path: str | Path, half: bool = False, card: dict[str, Any] | None = None) -> None:
