@@ -45,6 +45,12 @@ def command(*arguments: object, name: str = "run") -> list[str]:
     return [sys.executable, "-m", "gudlib", name, *map(str, arguments)]
 
 
+def interruptible(command: list[str]) -> list[str]:
+    """The same, heeding SIGINT also where these tests run in a shell's background, which has its jobs ignore it."""
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", heed, *command]
+
+
 def gudlib(*arguments: object, name: str = "run") -> subprocess.CompletedProcess:
     return subprocess.run(command(*arguments, name=name), capture_output=True, text=True, timeout=PATIENCE)
 
@@ -176,7 +182,7 @@ def test_an_interrupt_ends_cleanly_and_the_next_run_continues(tmp_path):
     slow = write(tmp_path / "slow.ipynb", "import time, pathlib\nif not pathlib.Path('go').exists(): time.sleep(600)")
     arguments = command(quick, slow, "--out", tmp_path / "out")
     marked, pipe = os.environ | {"GUDLIB_TEST": str(tmp_path)}, subprocess.PIPE
-    process = subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, env=marked)
+    process = subprocess.Popen(interruptible(arguments), stdout=pipe, stderr=pipe, text=True, env=marked)
     wait_for(lambda: (tmp_path / "out/slow.partial.ipynb").exists())
     wait_for(lambda: len(family(tmp_path)) > 1)
     process.send_signal(signal.SIGINT)
@@ -578,7 +584,12 @@ def test_a_sweep_that_was_killed_or_interrupted_goes_on_with_the_rest(tmp_path, 
     def stop(number: signal.Signals) -> tuple[int, str]:
         """Start the sweep; while the second point waits, send a signal to the command and its workers."""
         process = subprocess.Popen(
-            command(*arguments, name="sweep"), stdout=pipe, stderr=pipe, text=True, env=marked, start_new_session=True
+            interruptible(command(*arguments, name="sweep")),
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            env=marked,
+            start_new_session=True,
         )
         try:
             wait_for(lambda: (second.out / "a.partial.ipynb").exists() and len(pandas.read_parquet(table)))
