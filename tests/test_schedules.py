@@ -436,6 +436,9 @@ def test_the_smallest_softness_follows_from_the_largest_gap():
     with pytest.raises(ValueError, match="at least 0.473685, or nothing moves for 26.7% of the time; got 0.33"):
         schedules.sequential(uneven, 1 / 3)
     assert idle_time(schedules.sequential(uneven, 9 / 19)) < 1e-3
+    for k in (6, 28, 49):  # also where 1 / K is rounded down
+        order = torch.arange(k, dtype=torch.float64).view(1, 1, k)
+        schedules.sequential(order, torch.tensor([1 / k]))
     haar = bases.Haar((1, 28, 28), 3)
     column, level = haar.label("column"), haar.label("level")
     assert idle_time(schedules.sequential(column, _least(column))) < 1e-3
