@@ -15,7 +15,7 @@ test: venv
 	    --nbval-kernel-startup-timeout 600 tests gudlib notebooks
 
 lab: venv
-	@$(BIN)/python -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
 lint: venv
 	@$(BIN)/ruff check .
@@ -23,6 +23,7 @@ lint: venv
 	@$(BIN)/pyright
 
 bench: venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench]'
 	@$(BIN)/python benchmarks/run.py --out runs/bench.json
 
 # What .venv is made from. The stamp that holds it is written last, so a half-made environment counts as stale.

@@ -47,10 +47,10 @@ def diffusers_unet(images: Tensor, batch: int) -> tuple[int, Turn]:
 
 
 def smalldiffusion_unet(images: Tensor, batch: int) -> tuple[int, Turn]:
-    """smalldiffusion's U-Net, schedule and training loop, as in its Fashion-MNIST example, with fewer channels."""
+    """smalldiffusion's U-Net, schedule and training loop, as in its Fashion-MNIST example, in small."""
     from smalldiffusion import Scaled, ScheduleLogLinear, Unet, training_loop
 
-    network = Scaled(Unet)(28, 1, 1, ch=32, ch_mult=(1, 1, 2), attn_resolutions=(14,))
+    network = Scaled(Unet)(28, 1, 1, ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(14,))
     pictures = data.scale(images)[: len(images) // batch * batch].split(batch)
     run = training_loop(pictures, network, ScheduleLogLinear(sigma_min=0.01, sigma_max=20, N=800), epochs=10**6)
     return parameters(network), lambda: next(run)

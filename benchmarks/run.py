@@ -30,7 +30,7 @@ import peers
 import torch
 from torch import Tensor, nn
 
-from gudlib import bases, data, denoiser, designs, families, plotting, priors, samplers, schedules, training
+from gudlib import bases, data, denoiser, designs, plotting, priors, samplers, schedules, training
 from gudlib.process import Model, Process
 
 QUICK, FULL = (
@@ -57,12 +57,12 @@ def interleaved(turns: dict[str, peers.Turn], rounds: int) -> dict[str, float]:
 # Training steps at about equal parameter counts, each in the way its library's own examples train
 
 
-def ours(images: Tensor, batch: int, patch: int) -> tuple[int, peers.Turn]:
+def ours(images: Tensor, batch: int, width: int, multipliers: tuple[int, ...], patch: int) -> tuple[int, peers.Turn]:
     """`training.Trainer`: dequantisation, clipping and the average of the weights are part of a step."""
     fitted = designs.FittedDesign(PLAIN, images)
-    model = fitted.denoiser(32, patch=patch)
-    draw, config = families.uniform_a(fitted.schedule, PLAIN.a), training.TrainingConfig(steps=10**6, batch=batch)
-    run = training.Trainer(model, images, draw, config).run()
+    model = fitted.denoiser(width, multipliers=multipliers, patch=patch)
+    config = training.TrainingConfig(steps=10**6, batch=batch)
+    run = training.Trainer(model, images, fitted.family(), config).run()
     return peers.parameters(model.network), lambda: next(run)
 
 
@@ -70,8 +70,8 @@ def train(p: dict[str, Any], authors: Path | None) -> dict[str, Any]:
     """Images per CPU second of every library that is there."""
     images = data.load("fashion_mnist", "train").images[: p["images"]]
     builders = {
-        "gudlib, patch 1": lambda: ours(images, p["batch"], 1),
-        "gudlib, patch 2": lambda: ours(images, p["batch"], 2),
+        "gudlib, patch 1": lambda: ours(images, p["batch"], 16, (1, 2, 4), 1),
+        "gudlib, patch 2": lambda: ours(images, p["batch"], 32, (1, 2), 2),
         "diffusers": lambda: peers.diffusers_unet(images, p["batch"]),
         "smalldiffusion": lambda: peers.smalldiffusion_unet(images, p["batch"]),
         "the authors' JAX library": lambda: peers.authors_unet(images, p["batch"], authors),

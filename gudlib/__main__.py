@@ -1,4 +1,4 @@
-"""`python -m gudlib run | sweep | refresh | data | doctor`: run notebooks, and see what this machine has for them."""
+"""`gudlib run | sweep | refresh | data | doctor`: run notebooks, and see what this machine has for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ Points that were completed before with the same code are not run again; a sweep 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 good, 1 something failed, 2 asked for wrongly, 130 interrupted."""
-    parser = argparse.ArgumentParser("python -m gudlib", description=__doc__)
+    called = "gudlib" if Path(sys.argv[0]).stem == "gudlib" else "python -m gudlib"
+    parser = argparse.ArgumentParser(called, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="execute notebooks into a folder", description=RUN)

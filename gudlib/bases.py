@@ -181,18 +181,39 @@ class PCA(Basis):
         b, c, h, w = images.shape
         x = images.double().reshape((b, c, h * w) if per_channel else (b, 1, c * h * w)).transpose(0, 1)
         x = x - x.mean(dim=1, keepdim=True)
-        values, vectors = torch.linalg.eigh(x.mT @ x / (b - 1))
+        return cls.of(x.mT @ x / (b - 1), (c, h, w))
+
+    @classmethod
+    def of(cls, covariance: Float[Tensor, "g n n"], shape: Shape) -> "PCA":
+        """Principal axes of a covariance, of all components (g = 1) or of each channel's, by eigendecomposition."""
+        values, vectors = torch.linalg.eigh(covariance)
         rows = vectors.mT.flip(1)
         rows = rows * rows.gather(2, rows.abs().argmax(dim=2, keepdim=True)).sign()
-        return cls(rows.contiguous(), (c, h, w), values.flip(1).clamp(min=0))
+        return cls(rows.contiguous(), shape, values.flip(1).clamp(min=0))
+
+    @classmethod
+    def of_waves(cls, images: Images) -> "PCA":
+        """Principal axes of a covariance that tells apart wavenumbers of the cosine transform and, at each, colours.
+
+        It has (c + 1) / 2 numbers for each component, which few images settle, and is as blind to where in the picture
+        something is as to which waves come together.
+        """
+        shape = (images.shape[1], images.shape[2], images.shape[3])
+        cosines, x = DCT(shape), images.double()
+        waves = cosines(x - x.mean(0)).flatten(2)
+        values, vectors = torch.linalg.eigh(torch.einsum("bik,bjk->kij", waves, waves) / (len(x) - 1))
+        axes = torch.einsum("kie,kl->keil", vectors, torch.eye(len(vectors), dtype=x.dtype, device=x.device))
+        rows, order = cosines.inverse(axes.reshape(-1, *shape)).flatten(1), values.flatten().argsort(descending=True)
+        rows = rows * rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()
+        return cls(rows[order][None], shape, values.flatten()[order][None].clamp(min=0))
 
     def _analyse(self, images: Images) -> Images:
-        groups = images.reshape(images.shape[0], self.matrix.shape[0], -1)
-        return torch.einsum("gkn,bgn->bgk", self.matrix.to(images), groups).reshape(images.shape)
+        groups = images.reshape(images.shape[0], self.matrix.shape[0], -1).transpose(0, 1)
+        return (groups @ self.matrix.to(images).mT).transpose(0, 1).reshape(images.shape)
 
     def _synthesise(self, components: Images) -> Images:
-        groups = components.reshape(components.shape[0], self.matrix.shape[0], -1)
-        return torch.einsum("gkn,bgk->bgn", self.matrix.to(components), groups).reshape(components.shape)
+        groups = components.reshape(components.shape[0], self.matrix.shape[0], -1).transpose(0, 1)
+        return (groups @ self.matrix.to(components)).transpose(0, 1).reshape(components.shape)
 
     def _label(self) -> dict[str, Tensor]:
         g, n = self.eigenvalues.shape

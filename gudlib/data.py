@@ -9,14 +9,16 @@ A density p(y) of dequantised images bounds the probability of their grey levels
 generative models, Theis, van den Oord, Bethge, 2016, https://arxiv.org/abs/1511.01844, section 3.1). With d
 pixels times colours, 128 (y + 1) = x + u adds log2(128) = 7 bits to each: bits/dim <= E[-log2 p(y)] / d + 7.
 
-A split is taken from the first that has it of `$GUDLIB_DATA/<name>/<split>.parquet`, the repository's
-`data/<name>/<split>.parquet` and the hub. A faulty file there is an error, never passed over.
+`load_folder` reads any picture files. A split of a named set is taken from the first that has it of
+`$GUDLIB_DATA/<name>/<split>.parquet`, the repository's `data/<name>/<split>.parquet` and the hub. A faulty file there
+is an error, never passed over.
 """
 
 import io
 import os
 import urllib.error
 import urllib.request
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,10 +27,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from gudlib.files import DATA
+from gudlib.files import DATA, IN_REPOSITORY, with_repository
 
-if TYPE_CHECKING:  # importing it takes a second: only `load` does
+if TYPE_CHECKING:  # importing them takes a second: only what reads files does
+    import PIL.Image
     from datasets import Dataset
 
 
@@ -100,6 +104,76 @@ def load(name: str, split: str) -> ImageSet:
     return ImageSet(name, split, origin, images, labels, names)
 
 
+def load_folder(
+    path: str | Path, size: int | tuple[int, int], colours: str = "auto", seed: int = 0
+) -> UInt8[Tensor, "n c h w"]:
+    """Read all pictures in a folder and the folders in it, each cut to its centre and brought to one size.
+
+    Files are read as `datasets` reads an image folder; what is transparent becomes white, 16 bits become 8, and
+    photographs are turned as their camera was held. Hidden files are passed over.
+
+    Arguments:
+        path: the folder.
+        size: height and width, or one number for both; pictures are cut at two sides to that shape, then resampled.
+        colours: `auto` is grey (c = 1) if no picture has colours, else RGB (c = 3); `grey` and `rgb` force it.
+        seed: of the order, which is random, so that a slice is a fair sample of the whole.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no picture in it.
+        ValueError: for a size or colours that make no sense, or files that can't be read; it names them.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 2:
+        raise ValueError(f"size must be at least 2, or (height, width); got {size}")
+    if colours not in ("auto", "grey", "rgb"):
+        raise ValueError(f"colours must be auto, grey or rgb; got {colours!r}")
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"path must be a folder of pictures; there is none at {path}")
+    from datasets import Image, load_dataset
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    found = [p for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith(".")]
+    files = sorted(str(p) for p in found if p.suffix.lower() in ImageFolder.EXTENSIONS)
+    if not files:
+        raise FileNotFoundError(f"no pictures in {path}: {len(found)} files, none with the ending of an image file")
+    options: dict = {"drop_labels": True, "drop_metadata": True, "streaming": True}  # no copy in the user's home
+    rows = load_dataset("imagefolder", data_files={"train": files}, **options)["train"]
+    rows = rows.cast_column("image", Image(decode=False))
+    pictures, broken, small = [], [], 0
+    for row in tqdm(rows, total=len(files), desc="pictures", disable=len(files) < 500):
+        try:
+            encoded = Path(row["image"]["path"]).read_bytes()
+            picture = Image().decode_example({"path": None, "bytes": encoded})
+            small += picture.height < height or picture.width < width
+            pictures.append(_sized(picture, height, width, "L" if colours == "grey" else "RGB"))
+        except Exception as error:  # Pillow raises a dozen types on corrupt files
+            broken.append(f"{row['image']['path']} ({type(error).__name__}: {error})")
+    if broken:
+        some = "\n  ".join(broken[:5])
+        raise ValueError(f"{len(broken)} of {len(files)} files can't be read; remove or mend them:\n  {some}")
+    if small:
+        warnings.warn(f"{small} of {len(files)} pictures are smaller than {height} x {width}: enlarged", stacklevel=2)
+    images = torch.from_numpy(np.stack(pictures)).view(len(files), height, width, -1).permute(0, 3, 1, 2)
+    if colours == "auto" and bool((images == images[:, :1]).all()):
+        images = images[:, :1]
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))].contiguous()
+
+
+def _sized(picture: "PIL.Image.Image", height: int, width: int, mode: str) -> np.ndarray:
+    """An 8-bit array (height, width), or (height, width, 3) if the mode is RGB."""
+    from PIL import Image, ImageOps
+
+    if picture.mode.startswith("I"):  # 16 bits, or 32 that hold as many
+        values = np.asarray(picture)
+        picture = Image.fromarray((values // 257 if values.max() > 255 else values).astype(np.uint8))
+    elif picture.mode == "F":
+        raise ValueError("numbers of 32 bits, whose black and white are not known; save it with 8 or 16")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.asarray(ImageOps.fit(picture.convert(mode), (width, height), Image.Resampling.LANCZOS))
+
+
 def locate(name: str, split: str) -> Path | str:
     """Find where `load` takes a split from: a file, or an identifier on the hub. Reads nothing, raises as it.
 
@@ -118,6 +192,10 @@ def locate(name: str, split: str) -> Path | str:
         return found[0]
     if name in KNOWN and (hub := KNOWN[name].hub):
         return hub
+    if name in KNOWN and not IN_REPOSITORY:
+        raise FileNotFoundError(
+            with_repository(f"image set {name!r}", f"a folder GUDLIB_DATA with {name}/{split}.parquet")
+        )
     raise FileNotFoundError(_missing(name, split))
 
 

@@ -70,7 +70,7 @@ def build(
     label: str | Float[Tensor, "c h w"] | None = None,
     **network: Any,
 ) -> Denoiser:
-    """A denoiser with a fresh U-Net for a basis and a prior, which it copies as float32.
+    """A denoiser with a fresh U-Net for a basis and a prior, which it copies as float32, on the prior's device.
 
     Arguments:
         basis, prior: the components.
@@ -80,10 +80,12 @@ def build(
     """
     along = prior.order.cpu() if label is None else basis.label(label) if isinstance(label, str) else label
     unet = networks.UNet(basis.shape, bases.groups_by(along, groups), inputs=2 * basis.shape[0], **network)
-    return Denoiser(unet, copy.deepcopy(basis).float(), copy.deepcopy(prior).float())
+    return Denoiser(unet, copy.deepcopy(basis).float(), copy.deepcopy(prior).float()).to(prior.mean.device)
 
 
-def save(denoiser: Denoiser, path: str | Path, half: bool = False, card: dict[str, Any] | None = None) -> None:
+def save(
+    denoiser: Denoiser, path: str | Path, half: bool = False, card: dict[str, Any] | None = None, **header: Any
+) -> None:
     """Write everything needed to use the denoiser again to one safetensors file, atomically.
 
     Arguments:
@@ -91,10 +93,11 @@ def save(denoiser: Denoiser, path: str | Path, half: bool = False, card: dict[st
         path: the file; it is either complete or not there.
         half: store the network's weights as float16 (basis and prior stay float32).
         card: anything worth knowing about how it was trained; JSON values.
+        header: more of what it takes to use the denoiser, JSON values: `family`, `recommended`.
     """
     tensors = {k: v.half() if half and k.startswith("network.") and v.is_floating_point() else v
                for k, v in denoiser.state_dict().items()}  # fmt: skip
-    write_tensors(path, tensors, describe(denoiser) | {"card": card or {}})
+    write_tensors(path, tensors, describe(denoiser) | {"card": card or {}} | header)
 
 
 def load(path: str | Path) -> Denoiser:
@@ -103,7 +106,15 @@ def load(path: str | Path) -> Denoiser:
     Raises:
         ValueError: if the file is not a complete checkpoint of a U-Net; the message names it.
     """
-    tensors, header = read_saved(path)
+    return rebuild(path, *read_saved(path))
+
+
+def rebuild(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Denoiser:
+    """The denoiser of what `read_saved` read from `path`.
+
+    Raises:
+        ValueError: if its network is no U-Net; the message says what opens the file.
+    """
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in header["network"].items()}
     if options.pop("kind") != "unet":
         raise ValueError(f"{path} holds a network of kind {header['network']['kind']!r}; use gudlib.mar.load")
@@ -114,13 +125,13 @@ def load(path: str | Path) -> Denoiser:
 
 
 def basis_and_prior(tensors: dict[str, Tensor], header: dict[str, Any]) -> tuple[bases.Basis, Prior]:
-    """Basis and prior of what `read_saved` read."""
+    """Basis and prior of what `read_saved` read, in float32 as `build` makes them."""
     shape = tuple(header["shape"])
     if header["basis"]["name"] == "pca":
         basis: bases.Basis = bases.PCA(tensors["basis.matrix"], shape, tensors["basis.eigenvalues"])
     else:
         basis = bases.make(**header["basis"], shape=shape)
-    return basis, Prior(
+    return basis.float(), Prior(
         Moments(tensors["prior.mean"], tensors["prior.variance"], header["floor"]), tensors["prior.scale"]
     )
 

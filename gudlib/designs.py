@@ -12,6 +12,7 @@ the end that the noise flows to and the numbers that the network is told, not th
 components, the other reading of "change the prior", the ratio follows the prior, which is a = 1 - r.
 """
 
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -25,10 +26,10 @@ from torch import Tensor, nn
 from gudlib import bases, likelihood, metrics, priors, samplers
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser, build
-from gudlib.process import Model, Process
-from gudlib.schedules import Order, PerImage, Schedule, sequential, soft_conditioning
+from gudlib.families import FINEST, Family, Range, Sequential, SoftConditioning
+from gudlib.process import Batch, Model, Process
+from gudlib.schedules import Order, PerImage, Schedule, sequential
 
-FINEST = 1 / 3 * likelihood.GREY_LEVEL  # standard deviation of the noise at t = 0, units of the data
 GONE = 5.0  # -log SNR at t = 1
 NOISE_LEVEL_INPUTS = {
     "time": ("film", 1), "pooled": ("film", 1), "grouped": ("film", 16), "attention": ("attention", 16),
@@ -71,33 +72,50 @@ class FittedDesign:
         design: what to build.
         images: the training data.
         seed: of their dequantisation.
+        few: images may be few: dequantisation is taken into account in closed form, `pca` is what `principal` says.
 
     Attributes:
         basis, prior: fitted.
+        of_waves: `pca` is that of waves (`bases.PCA.of_waves`), the images being too few for their own.
         gamma_max_target: -log SNR_i at which the first component ends, the same for all `a` of the design.
     """
 
-    def __init__(self, design: Design, images: UInt8[Tensor, "n c h w"], seed: int = 0) -> None:
+    def __init__(self, design: Design, images: UInt8[Tensor, "n c h w"], seed: int = 0, few: bool = False) -> None:
         self.design, shape = design, (images.shape[1], images.shape[2], images.shape[3])
-        generator = torch.Generator().manual_seed(seed)
-        # Where images are few, several dequantisations keep the smallest variances from being underestimated
-        rounds = math.ceil(4 * images[0].numel() / len(images))
-        data = torch.cat([dequantise(images, generator) for _ in range(rounds)])
-        self.basis = bases.make("pixel" if design.basis == "plain" else design.basis, shape, data)
-        moments = priors.measure(self.basis, data)
-        mean, variance = moments.mean, moments.variance
+        generator = torch.Generator(images.device).manual_seed(seed)
+        uniform = likelihood.GREY_LEVEL**2 / 12  # variance of the noise within a grey level
+        if few:
+            data = (images[torch.randperm(len(images), generator=generator, device=images.device)] + 0.5) / 128 - 1
+        else:  # several dequantisations keep the smallest variances from being underestimated
+            rounds = math.ceil(4 * images[0].numel() / len(images))
+            data = torch.cat([dequantise(images, generator) for _ in range(rounds)])
+        self.of_waves = False
+        if few and design.basis == "pca":
+            self.basis, self.of_waves = principal(data, uniform)
+            mean = self.basis(data.double().mean(0, keepdim=True))[0]
+            variance = self.basis.label("eigenvalue").to(mean.device)
+        else:
+            self.basis = bases.make("pixel" if design.basis == "plain" else design.basis, shape, data)
+            moments = priors.measure(self.basis, data)
+            mean, variance = moments.mean, moments.variance + (uniform if few else 0.0)
         if design.basis == "plain":
-            mean, variance = torch.full_like(mean, float(data.mean())), torch.full_like(mean, float(data.var()))
+            mean = torch.full_like(mean, float(data.mean()))
+            variance = torch.full_like(mean, float(data.var()) + (uniform if few else 0.0))
         # No component of dequantised data varies less than the uniform noise within a grey level
-        floor = likelihood.GREY_LEVEL**2 / 12 / float(variance.max())
+        floor = uniform / float(variance.max())
         self.prior = priors.interpolated(priors.Moments(mean, variance, floor), design.r)
         self.gamma_max_target = GONE + max(self._spread(data, a) for a in set(design.a))
+        self._soft = SoftConditioning(self.prior, design.a, self.gamma_max_target)
+
+    def family(self, blocks: str | Sequence[str] | None = None, b: Range | Sequence[Range] | None = None) -> Family:
+        """Schedules with the common ends: the design's range of `a` or, with `blocks`, `families.Sequential`."""
+        if blocks is None:
+            return self._soft
+        return Sequential(self.basis, self.prior, blocks, b, self.gamma_max_target)
 
     def schedule(self, a: PerImage) -> Schedule:
         """Soft-conditioning with the common ends; a tensor holds one `a` for each image of a batch."""
-        return soft_conditioning(
-            self.prior.order, a, self.prior.log_variance, self.gamma_min_target(a), self.gamma_max_target
-        )
+        return self._soft.schedule(a)
 
     def sequential(self, order: Order | Sequence[Order], b: PerImage | Sequence[PerImage]) -> Schedule:
         """Components one after another (`schedules.sequential`), from the finest noise to SNR = e^-gamma_max_target."""
@@ -107,15 +125,6 @@ class FittedDesign:
     def process(self, a: float) -> Process:
         """The design's process at inverse softness `a`."""
         return Process(self.basis, self.prior, self.schedule(a))
-
-    def gamma_min_target(self, a: PerImage) -> Float[Tensor, "*batch"]:
-        """-log SNR of the last component at t = 0, with which max_i N_i is the finest noise.
-
-        log N_i(0) = gamma_min_target - l_i + a (l_i - l_max), which is largest at one end of the ordering.
-        """
-        low, high = self.ends
-        each = torch.as_tensor(a, dtype=torch.float64)
-        return 2 * math.log(FINEST) + each * high - torch.maximum((each - 1) * low, (each - 1) * high)
 
     def denoiser(self, width: int, seed: int = 0, **network: Any) -> Denoiser:
         """An untrained denoiser in float32; `network` are options of `networks.UNet`.
@@ -127,13 +136,8 @@ class FittedDesign:
             torch.manual_seed(seed)
             built = build(self.basis, self.prior, count, width=width, conditioning=kind, **network)
         if self.design.conditioning == "time":
-            built.network = _ToldTime(built.network, self)
+            built.network = _ToldTime(built.network, copy.deepcopy(self._soft), self.gamma_max_target)
         return built
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """l_min and l_max of the ordering l_i = -log Sigma_i."""
-        return float(self.prior.order.min()), float(self.prior.order.max())
 
     def _spread(self, data: Tensor, a: float) -> float:
         """log of the largest eigenvalue of N^(-1/2) C N^(-1/2) for N_i = Sigma_i e^(a (l_i - l_min))."""
@@ -146,22 +150,53 @@ class FittedDesign:
         return float(2 * largest.log() - math.log(len(white)))
 
 
+def principal(data: Batch, noise: float) -> tuple[bases.PCA, bool]:
+    """Principal components for images that may be few: those of their covariance or, if it predicts better, of waves.
+
+    Both are fitted to four fifths of the images and asked for the normal likelihood of the others. A mixture of the two
+    covariances predicts better still, but axes fitted to the very images that a network learns from make these look
+    different from new ones, and the network learns the difference.
+
+    Arguments:
+        data: at least four images (n, c, h, w), in random order.
+        noise: variance of white noise to add, above 0.
+
+    Returns:
+        The basis, fitted to all images, with the variances of the noise added; and whether it is that of waves.
+    """
+    unseen, seen = data.double().tensor_split([max(len(data) // 5, 2)])
+    unseen = (unseen - seen.mean(0)).flatten(1)[:2000]
+    x = (seen - seen.mean(0)).flatten(1)
+    own = x.T @ x / (len(x) - 1) + noise * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    root, waves = torch.linalg.cholesky(own), bases.PCA.of_waves(seen)
+    variance = waves.eigenvalues[0] + noise
+    nll = (
+        torch.linalg.solve_triangular(root, unseen.T, upper=False).square().sum(0).mean()
+        + 2 * root.diagonal().log().sum()
+    )
+    nll_of_waves = ((unseen @ waves.matrix[0].T).square() / variance).sum(1).mean() + variance.log().sum()
+    few = bool(nll_of_waves < nll)
+    basis = bases.PCA.of_waves(data) if few else bases.PCA.fit(data)
+    return bases.PCA(basis.matrix, basis.shape, basis.eigenvalues + noise), few
+
+
 class _ToldTime(nn.Module):
     """A network that is told t and nothing else, as one level for all components, from -10 to 10."""
 
-    def __init__(self, network: Any, fitted: FittedDesign) -> None:
+    def __init__(self, network: Any, soft: SoftConditioning, gamma_max_target: float) -> None:
         super().__init__()
-        self.network, self.fitted = network, fitted
+        self.network, self.soft, self.gamma_max_target = network, soft, gamma_max_target
+        order = soft.order.flatten()
+        self.first, self.last = int(order.argmin()), int(order.argmax())  # numbers: a step must not wait for a GPU
         self.config = {**network.config, "told": "time"}
 
     def forward(self, images: Tensor, gamma: Tensor) -> Tensor:
-        low, high = self.fitted.ends
-        order = self.fitted.prior.order.flatten()
-        level = (gamma - self.fitted.prior.log_variance.to(gamma)).flatten(1).double()  # -log SNR
-        first, last = level[:, order.argmin()], level[:, order.argmax()]
+        low, high = self.soft.ends
+        level = (gamma - self.soft.log_variance.to(gamma)).flatten(1).double()  # -log SNR
+        first, last = level[:, self.first], level[:, self.last]
         steep = (last - first) / max(high - low, 1e-9)  # the inverse softness of each image
-        start = self.fitted.gamma_min_target(steep)
-        t = ((last - start) / (self.fitted.gamma_max_target - start + steep * (high - low))).to(gamma)
+        start = self.soft.gamma_min_target(steep)
+        t = ((last - start) / (self.gamma_max_target - start + steep * (high - low))).to(gamma)
         return self.network(images, (20 * t - 10)[:, None, None, None].expand_as(gamma))
 
 

@@ -53,7 +53,8 @@ class GaussianMixture:
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n d"]:
         """`n` draws (n, d)."""
         which = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype)
+        options = {"dtype": self.means.dtype, "device": self.means.device}
+        noise = torch.randn(n, self.means.shape[1], generator=generator, **options)
         values, vectors = torch.linalg.eigh(self.covariances)
         root = vectors * values.clamp(min=0).sqrt()[:, None, :]
         return self.means[which] + torch.einsum("nij,nj->ni", root[which], noise)
@@ -143,7 +144,9 @@ def normal_kl(covariance: Float[Tensor, "d d"], other: Float[Tensor, "d d"]) -> 
     return 0.5 * (ratio.trace() - len(ratio) - torch.logdet(ratio))
 
 
-def information(schedule: Schedule, error: Callable[[Gamma], Batch], points: int = 16) -> PerComponent:
+def information(
+    schedule: Schedule, error: Callable[[Gamma], Batch], points: int = 16, device: torch.device | str = "cpu"
+) -> PerComponent:
     r"""What each component adds along a schedule, 1/2 int (d gamma_i/dt) E(eps_i - eps_hat_i)^2 dt, in nats, (c, h, w).
 
     With the error of the best prediction the sum is I(chi_0; chi(t=0)) - I(chi_0; chi(t=1)), whatever the way between;
@@ -155,6 +158,7 @@ def information(schedule: Schedule, error: Callable[[Gamma], Batch], points: int
         schedule: without a batch of its own.
         error: E(eps_i - eps_hat_i)^2 at noise levels (b, c, h, w), of the same shape, as `gaussian_error`.
         points: nodes in each piece.
+        device: of the noise levels that `error` is given.
 
     References:
         Mutual Information and Minimum Mean-Square Error in Gaussian Channels, D. Guo, S. Shamai, S. Verdu, 2005,
@@ -166,6 +170,6 @@ def information(schedule: Schedule, error: Callable[[Gamma], Batch], points: int
         edges = torch.cat([edges, (edges[:-1] + edges[1:])[wide] / 2]).sort().values
     width = edges.diff()
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(points))
-    t = (edges[:-1, None] + width[:, None] * (nodes + 1) / 2).flatten()
-    weight = (width[:, None] * weights / 2).flatten()
+    t = (edges[:-1, None] + width[:, None] * (nodes + 1) / 2).flatten().to(device)
+    weight = (width[:, None] * weights / 2).flatten().to(device)
     return 0.5 * torch.einsum("t,tchw->chw", weight, schedule.dgamma_dt(t) * error(schedule.gamma(t)))

@@ -1,4 +1,4 @@
-"""Files: where the companion's own lie, and how anything is written, whole or not at all.
+"""Files: where the companion's own lie (in its repository), and how anything is written, whole or not at all.
 
 A writer fills a draft of a name of its own beside the target and then puts it there in one step, so a reader sees the
 old file or the new one, however many write. Tensors go to safetensors files with a header in JSON.
@@ -16,6 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
 CHECKPOINTS = DATA / "checkpoints"
 NOTEBOOKS = ROOT / "notebooks"
+IN_REPOSITORY = (ROOT / "pyproject.toml").is_file()
+RUNS = (ROOT if IN_REPOSITORY else Path.cwd()) / "runs"  # where results go that are told no other place
+
+
+def with_repository(what: str, instead: str = "") -> str:
+    """Why something is not there where the package is installed without its repository."""
+    other = f", or give {instead}" if instead else ""
+    return f"{what} comes with gudlib's repository, not with the installed package: clone the repository{other}"
 
 
 @contextmanager

@@ -65,8 +65,8 @@ def free(mass2: float) -> Propagator:
 
 def gaussian_field(n: int, size: int, propagator: Propagator, generator: torch.Generator) -> Fields:
     """`n` independent Gaussian fields (n, size, size) of any propagator, float64, exact."""
-    white = torch.randn(n, size, size, generator=generator, dtype=torch.float64)
-    return torch.fft.ifft2(torch.fft.fft2(white) * propagator(momenta(size)).sqrt()).real
+    white = torch.randn(n, size, size, generator=generator, dtype=torch.float64, device=generator.device)
+    return torch.fft.ifft2(torch.fft.fft2(white) * propagator(momenta(size).to(white)).sqrt()).real
 
 
 # Markov chains
@@ -150,12 +150,12 @@ def phi4(
     _expect(mass2 > 0 or coupling > 0, f"mass2 must be positive where coupling is 0; got {mass2}")
     _expect(steps >= 1, f"steps must be at least 1; got {steps}")
     minimum = math.sqrt(max(-mass2, 0) / (4 * coupling)) if coupling else 0.0
-    signs = 1 - 2 * (torch.arange(chains) % 2)
+    signs = 1 - 2 * (torch.arange(chains, device=generator.device) % 2)
 
     def update(phi: Tensor) -> tuple[Tensor, float]:
-        momentum = torch.randn(phi.shape, generator=generator, dtype=torch.float64)
-        uniform = torch.rand(chains, generator=generator, dtype=torch.float64)
-        length = int(torch.randint(1, 2 * steps, (), generator=generator))
+        momentum = torch.randn(phi.shape, generator=generator, dtype=torch.float64, device=phi.device)
+        uniform = torch.rand(chains, generator=generator, dtype=torch.float64, device=phi.device)
+        length = int(torch.randint(1, 2 * steps, (), generator=generator, device=phi.device))
         phi, accepted = hmc_update(phi, momentum, uniform, step, length, mass2, coupling)
         return phi, float(accepted.double().mean())
 
@@ -173,7 +173,7 @@ def clusters(bonds: Bool[Tensor, "n 2 size size"]) -> Int64[Tensor, "n size size
         bonds: whether a site is joined to the one to its right, and to the one below.
     """
     n, _, size, _ = bonds.shape
-    site = torch.arange(n * size * size).view(n, size, size)
+    site = torch.arange(n * size * size, device=bonds.device).view(n, size, size)
     other = torch.stack([site.roll(-1, 2), site.roll(-1, 1)], 1)
     a, b, label = site[:, None].expand_as(other)[bonds], other[bonds], site.flatten().clone()
     while len(a):
@@ -211,10 +211,10 @@ def ising(
     _expect(temperature > 0, f"temperature must be positive; got {temperature}")
 
     def update(spins: Tensor) -> tuple[Tensor, float]:
-        uniforms = torch.rand(chains, 2, size, size, generator=generator)
+        uniforms = torch.rand(chains, 2, size, size, generator=generator, device=spins.device)
         return swendsen_wang(spins, uniforms, _coins(spins.shape, generator), temperature), 1.0
 
-    start = torch.ones(chains, size, size, dtype=torch.int8)
+    start = torch.ones(chains, size, size, dtype=torch.int8, device=generator.device)
     return _run(update, start, draws, every, thermalise, "Ising" if progress else "")
 
 
@@ -293,7 +293,7 @@ def shell(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
     """
     size, waves = _coarse(fields, factor), torch.fft.fft2(fields, norm="ortho")
     for dim in (-1, -2):
-        n = torch.fft.fftfreq(size, 1 / size).round().long()
+        n = torch.fft.fftfreq(size, 1 / size, device=waves.device).round().long()
         low = waves.index_select(dim, n % fields.shape[dim])
         if size % 2 == 0:
             edge = low.narrow(dim, size // 2, 1)
@@ -368,7 +368,7 @@ def radial(values: Fields, bins: int) -> tuple[Float[Tensor, " bins"], Float[Ten
     """
     size = values.shape[-1]
     _expect(1 <= bins <= size // 2, f"bins must lie between 1 and {size // 2} for size {size}; got {bins}")
-    k = momenta(size).norm(dim=0).flatten()
+    k = momenta(size).to(values.device).norm(dim=0).flatten()
     inside = (k > 0) & (k <= math.pi * (1 + 1e-12))
     ring = (k[inside] * bins / math.pi - 1e-9).long()
     weight = torch.nn.functional.one_hot(ring, bins).double()
@@ -381,7 +381,7 @@ def autocorrelation_time(series: Float[Tensor, "draws chains"], window: float = 
     off = series.double() - series.double().mean()
     covariance = torch.stack([(off[: len(off) - t] * off[t:]).mean() for t in range(len(off))])
     tau = (covariance / covariance[0]).cumsum(0) - 0.5
-    enough = (torch.arange(len(off)) >= window * tau).nonzero().flatten().tolist()
+    enough = (torch.arange(len(off), device=off.device) >= window * tau).nonzero().flatten().tolist()
     return max(float(tau[enough[0] if enough else -1]), 0.5)
 
 
@@ -391,7 +391,7 @@ def standard_error(series: Float[Tensor, "draws chains"]) -> float:
 
 
 def _coins(shape: torch.Size, generator: torch.Generator) -> Spins:
-    return 2 * torch.randint(2, shape, generator=generator, dtype=torch.int8) - 1
+    return 2 * torch.randint(2, shape, generator=generator, dtype=torch.int8, device=generator.device) - 1
 
 
 def _coarse(fields: Tensor, factor: int) -> int:

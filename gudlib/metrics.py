@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from gudlib.data import to_uint8
-from gudlib.files import CHECKPOINTS, read_tensors
+from gudlib.files import CHECKPOINTS, IN_REPOSITORY, read_tensors, with_repository
 
 Images = Float[Tensor, "n c h w"]
 Others = Float[Tensor, "m c h w"]
@@ -88,12 +88,14 @@ def features(name: str = "fashion") -> nn.Module:
 
     Raises:
         ValueError: for another name.
-        RuntimeError: if Inception cannot be had.
+        RuntimeError: if Inception cannot be had, or `fashion` outside the repository.
     """
     if name == "inception":
         return Inception().eval().requires_grad_(False)
     if name != "fashion":
         raise ValueError(f"features must be fashion or inception; got {name!r}")
+    if not IN_REPOSITORY:
+        raise RuntimeError(with_repository("the classifier of `fashion`", "an extractor of your own"))
     classifier = Classifier()
     classifier.load_state_dict(read_tensors(SHIPPED)[0])
     return classifier.eval().requires_grad_(False)
@@ -101,8 +103,9 @@ def features(name: str = "fashion") -> nn.Module:
 
 @torch.no_grad()
 def embed(images: Images, extractor: nn.Module, chunk: int = 256) -> Float[Tensor, "n d"]:
-    """Features of all images, `chunk` at a time."""
-    return torch.cat([extractor(part) for part in images.split(chunk)])
+    """Features of all images, `chunk` at a time, found on the extractor's device and given on the images'."""
+    where = _device(extractor, images)
+    return torch.cat([extractor(part.to(where)).to(images.device) for part in images.split(chunk)])
 
 
 @dataclass(frozen=True)
@@ -121,11 +124,12 @@ class Distance:
 def frechet(real: Images, generated: Others, extractor: nn.Module, chunk: int = 256) -> Distance:
     """Frechet distance of features. It is biased upwards for few images: compare equal numbers only."""
     _enough(real, generated, 2)
-    metric = FrechetInceptionDistance(feature=extractor)
+    where = _device(extractor, real)
+    metric = FrechetInceptionDistance(feature=extractor).to(where)
     with torch.no_grad():
         for images, kind in ((real, True), (generated, False)):
             for part in images.split(chunk):
-                metric.update(part, real=kind)
+                metric.update(part.to(where), real=kind)
     what = f"Frechet distance, {extractor.name} features, {len(real)} real and {len(generated)} generated images"
     return Distance(float(metric.compute()), what)
 
@@ -167,12 +171,17 @@ def spectrum_error(real: Images, generated: Others) -> float:
     power = []
     for images in (real, generated):
         waves = torch.fft.fft2(images.double()).abs().square().mean((0, 1))
-        y, x = (torch.fft.fftfreq(n, 1 / n, dtype=torch.float64) for n in waves.shape)
+        y, x = (torch.fft.fftfreq(n, 1 / n, dtype=torch.float64, device=waves.device) for n in waves.shape)
         ring = (y[:, None].square() + x.square()).sqrt().round().long().flatten()
         inside = ring <= min(waves.shape) // 2
         ring, flat = ring[inside], waves.flatten()[inside]
         power.append(torch.bincount(ring, flat) / torch.bincount(ring))
     return float((power[1] / power[0]).log10().square().mean().sqrt())
+
+
+def _device(extractor: nn.Module, images: Tensor) -> torch.device:
+    """The extractor's, if it has weights."""
+    return next((p.device for p in extractor.parameters()), images.device)
 
 
 def _enough(real: Tensor, generated: Tensor, least: int) -> None:

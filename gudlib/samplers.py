@@ -475,7 +475,7 @@ def push(
         start: covariance of the white components at t = 1, (d, d).
     """
     update, t = _method(method), _grid(process, steps, grid)
-    units = torch.eye(len(start), dtype=torch.float64)
+    t, units = t.to(start.device), torch.eye(len(start), dtype=torch.float64, device=start.device)
     images = units.view(-1, *process.schedule.shape)
     if update(model, process, images, t[0], t[1]).next_method:
         whole = sample(model, process, len(units), steps, method, start=images, grid=grid).white.flatten(1).T

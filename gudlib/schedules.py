@@ -12,11 +12,12 @@ is, generated later. Column schedules therefore generate from left to right when
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int, Real
-from torch import Tensor
+from torch import Tensor, nn
 
 Time = float | Real[Tensor, "..."]
 Levels = Float[Tensor, "... c h w"]  # the axes of t, broadcast against those of the schedule itself, then components
@@ -45,6 +46,8 @@ class Schedule:
             leading axes of its own (one softness for each image of a batch); t is then broadcast against them.
         shape: component shape (channel, height, width).
         kinks: times at which a slope jumps, for integrals over t; those outside (0, 1) are dropped.
+        batch: leading axes of the function's own. If given, it is taken on trust, as by the families of
+            `gudlib.families`, which are checked when they are made: on a GPU every check waits for the device.
 
     Attributes:
         kinks: the same, sorted, float64, (k,).
@@ -57,11 +60,20 @@ class Schedule:
     (torch.Size([2, 1, 2, 2]), 12.0)
     """
 
-    def __init__(self, gamma: Callable[[Tensor], Tensor], shape: Shape, kinks: Tensor | Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        gamma: Callable[[Tensor], Tensor],
+        shape: Shape,
+        kinks: Tensor | Sequence[float] = (),
+        batch: tuple[int, ...] | None = None,
+    ) -> None:
         self._gamma = gamma
-        times = torch.as_tensor(kinks, dtype=torch.float64).flatten()
+        times = torch.as_tensor(kinks, dtype=torch.float64).flatten().cpu()
         self.kinks = times[(times > 0) & (times < 1)].round(decimals=12).unique()
         self.shape: Shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+        if batch is not None:
+            self.batch = tuple(batch)
+            return
         start, end = (gamma(torch.full((1, 1, 1), t, dtype=torch.float64)) for t in (0.0, 1.0))
         for t, value in ((0, start), (1, end)):
             if not bool(value.isfinite().all()):
@@ -75,7 +87,7 @@ class Schedule:
             raise ValueError(misfit) from None
         if whole[-3:] != self.shape:
             raise ValueError(misfit)
-        self.batch = whole[:-3]
+        self.batch = tuple(whole[:-3])
 
     def gamma(self, t: Time) -> Levels:
         """gamma_i(t), always of shape t.shape + shape (t broadcast against the schedule's own batch, if it has one)."""
@@ -190,16 +202,26 @@ def soft_conditioning(
     rising(gamma_min_target=float(torch.as_tensor(gamma_min_target).max()), gamma_max_target=gamma_max_target)
     rising(gamma_min=gamma_min, gamma_max=gamma_max)
 
-    def free(t: Tensor) -> Tensor:
-        each, start = (x.to(t)[..., None, None, None] if isinstance(x, Tensor) else x for x in (a, gamma_min_target))
-        steep = each * order.to(t)  # a l_i
-        low, high = steep.amin((-3, -2, -1), keepdim=True), steep.amax((-3, -2, -1), keepdim=True)
-        shift = log_variance.to(t) if isinstance(log_variance, Tensor) else log_variance
-        return start + shift + steep - high + t * (gamma_max_target - start + high - low)
-
+    free = partial(offset_lines, order, a, log_variance, gamma_min_target, gamma_max_target)
     first, last = (free(torch.full((1, 1, 1), t, dtype=torch.float64)) for t in (0.0, 1.0))
     kinks = torch.stack([(end - first) / (last - first) for end in (gamma_min, gamma_max)])
     return Schedule(lambda t: free(t).clamp(gamma_min, gamma_max), shape_of(order), kinks)
+
+
+def offset_lines(
+    order: Order,
+    a: PerImage,
+    log_variance: PerComponent | float,
+    gamma_min_target: PerImage,
+    gamma_max_target: float,
+    t: Float[Tensor, "... 1 1 1"],
+) -> Levels:
+    """gamma of `soft_conditioning` before it is clipped."""
+    each, start = (x.to(t)[..., None, None, None] if isinstance(x, Tensor) else x for x in (a, gamma_min_target))
+    steep = each * order.to(t)  # a l_i
+    low, high = steep.amin((-3, -2, -1), keepdim=True), steep.amax((-3, -2, -1), keepdim=True)
+    shift = log_variance.to(t) if isinstance(log_variance, Tensor) else log_variance
+    return start + shift + steep - high + t * (gamma_max_target - start + high - low)
 
 
 def sequential(
@@ -243,32 +265,76 @@ def sequential(
         raise ValueError(f"gamma_min must be below gamma_max everywhere; got {ends}")
     if not orders or len(orders) != len(shares):
         raise ValueError(f"b must hold one softness for each ordering; got {len(shares)} for {len(orders)}")
-    start, duration = torch.zeros_like(orders[0], dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    group, least = torch.zeros_like(start, dtype=torch.long), []  # group: what all orderings so far put at one place
-    for values, each in zip(orders, shares, strict=True):
-        share = torch.as_tensor(each, dtype=torch.float64, device=values.device)[..., None, None, None]
+    nest = Nest(orders)
+    for each in shares:
+        share = torch.as_tensor(each, dtype=torch.float64)
         if not bool(((share > 0) & (share <= 1)).all()):
             raise ValueError(f"b must be above 0 and at most 1; got {each}")
-        rank, alone, group, gap = _ranked(values.double(), group)
-        least.append(f"{gap / (1 + gap) + 4e-7:.6g}")  # rounded up
-        share = torch.where(alone, 1.0, share)
-        start = start + duration * (1 - share) * (1 - rank)
-        duration = duration * share
-    one_each = torch.zeros(int(group.max()) + 1, dtype=torch.long)
-    one_each[group.flatten()] = torch.arange(group.numel())
-    starts, first = start.flatten(-3)[..., one_each].sort()
-    ends = (start + duration).flatten(-3)[..., one_each].gather(-1, first).cummax(-1).values
-    idle = (starts[..., 1:] - ends[..., :-1]).clamp(min=0).sum(-1).max()
+    start, duration = nest.movement(shares)
+    idle = nest.idle(start, duration)
     if idle > 1e-6:  # less is the rounding of b, in float32 for instance
-        bounds = ", ".join(least)
+        bounds = ", ".join(f"{b + 4e-7:.6g}" for b in nest.least)  # rounded up
         raise ValueError(f"b must be at least {bounds}, or nothing moves for {idle:.1%} of the time; got {b}")
-
-    def gamma(t: Tensor) -> Tensor:
-        first, last, begun, lasting = (x.to(t) for x in (low, high, start, duration))
-        return first + (last - first) * ((t - begun) / lasting).clamp(0, 1)
-
     kinks = torch.stack([start, start + duration]) if start.ndim == 3 else ()
-    return Schedule(gamma, shape_of(orders[0]), kinks)
+    return Schedule(partial(clipped_lines, low, high, start, duration), shape_of(orders[0]), kinks)
+
+
+class Nest(nn.Module):
+    """Orderings inside one another, ranked once: what `sequential` needs to know of them.
+
+    Arguments:
+        orders: (c, h, w) each, of one shape.
+
+    Attributes:
+        least: softness of each ordering below which some time is idle for certain, g / (1 + g), g the largest gap.
+    """
+
+    def __init__(self, orders: Sequence[Order]) -> None:
+        super().__init__()
+        group = torch.zeros(orders[0].shape, dtype=torch.long, device=orders[0].device)
+        ranks, alones, self.least = [], [], []
+        for values in orders:
+            rank, alone, group, gap = _ranked(values.double(), group)
+            ranks.append(rank)
+            alones.append(alone)
+            self.least.append(gap / (1 + gap))
+        one_each = torch.zeros(int(group.max()) + 1, dtype=torch.long, device=group.device)
+        one_each[group.flatten()] = torch.arange(group.numel(), device=group.device)
+        self.ranks: Tensor  # (k, c, h, w): values rescaled to [0, 1] where the orderings before put all at one place
+        self.alone: Tensor  # (k, c, h, w): all are equal there
+        self.group: Tensor  # (c, h, w): number of what all orderings put at one place
+        self.one_each: Tensor
+        tables = {"ranks": torch.stack(ranks), "alone": torch.stack(alones), "group": group, "one_each": one_each}
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
+
+    def movement(self, shares: Sequence[PerImage]) -> tuple[Levels, Levels]:
+        """When each component starts to move and for how long, given the softness of each ordering."""
+        start, duration = torch.zeros_like(self.ranks[0]), torch.ones_like(self.ranks[0])
+        for rank, alone, each in zip(self.ranks, self.alone, shares, strict=True):
+            share = torch.as_tensor(each, dtype=torch.float64, device=rank.device)[..., None, None, None]
+            share = torch.where(alone, 1.0, share)
+            start = start + duration * (1 - share) * (1 - rank)
+            duration = duration * share
+        return start, duration
+
+    def idle(self, start: Levels, duration: Levels) -> float:
+        """For how much of the time nothing moves, at most over a batch."""
+        starts, first = start.flatten(-3)[..., self.one_each].sort()
+        ends = (start + duration).flatten(-3)[..., self.one_each].gather(-1, first).cummax(-1).values
+        return float((starts[..., 1:] - ends[..., :-1]).clamp(min=0).sum(-1).max())
+
+
+def clipped_lines(
+    low: PerComponent | Float[Tensor, ""],
+    high: PerComponent | Float[Tensor, ""],
+    start: Levels,
+    duration: Levels,
+    t: Float[Tensor, "... 1 1 1"],
+) -> Levels:
+    """gamma of `sequential`: low until `start`, then a line to high, reached after `duration`."""
+    low, high, start, duration = (x.to(t) for x in (low, high, start, duration))
+    return low + (high - low) * ((t - start) / duration).clamp(0, 1)
 
 
 def held(schedule: Schedule, known: Bool[Tensor, "*batch c h w"]) -> Schedule:
@@ -290,7 +356,12 @@ def held(schedule: Schedule, known: Bool[Tensor, "*batch c h w"]) -> Schedule:
         clean = schedule.gamma(torch.zeros((), dtype=t.dtype, device=t.device))
         return torch.where(known.to(t.device), clean, schedule.gamma(t[..., 0, 0, 0]))
 
-    return Schedule(gamma, schedule.shape, schedule.kinks)
+    try:
+        batch = torch.broadcast_shapes(known.shape[:-3], schedule.batch)
+    except RuntimeError:
+        sizes = f"{tuple(known.shape[:-3])} and {schedule.batch}"
+        raise ValueError(f"known and the schedule must be for one batch; they are for {sizes}") from None
+    return Schedule(gamma, schedule.shape, schedule.kinks, batch)
 
 
 def patch_order(shape: Shape, size: int) -> PerComponent:

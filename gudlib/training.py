@@ -11,23 +11,30 @@ Every random number of step n comes from (seed, n) alone, so a run that is stopp
 the run that was not.
 """
 
+import copy
+import hashlib
 import json
 import math
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from gudlib import devices
 from gudlib.data import dequantise
 from gudlib.denoiser import Denoiser, describe
-from gudlib.families import Draw, stratified_times
+from gudlib.families import Draw, Family, stratified_times
 from gudlib.files import read_tensors, write_tensors
 from gudlib.networks import UNet
 from gudlib.process import Batch, Model, diffuse
@@ -72,23 +79,31 @@ class TrainingConfig:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}; got {self.weighting!r}")
 
 
-@dataclass(frozen=True)
 class Record:
-    """One training step.
+    """One training step. Its numbers stay on the device until they are read, so that the next step need not wait.
 
     Attributes:
         step: number of steps done, from 1.
-        loss: weighted mean square error of the noise; 1 = predicts nothing.
-        by_group: unweighted mean square error in each of the U-Net's component groups, (g,), or of each component.
         lr: learning rate.
-        seconds: that this step took.
+        seconds: that the host spent on this step.
     """
 
-    step: int
-    loss: float
-    by_group: Float[Tensor, " g"] = field(repr=False)
-    lr: float
-    seconds: float
+    def __init__(self, step: int, loss: Tensor, by_group: Tensor, lr: float, seconds: float) -> None:
+        self.step, self.lr, self.seconds = step, lr, seconds
+        self._loss, self._by_group = loss, by_group
+
+    @cached_property
+    def loss(self) -> float:
+        """Weighted mean square error of the noise; 1 = predicts nothing."""
+        return self._loss.item()
+
+    @cached_property
+    def by_group(self) -> Float[Tensor, " g"]:
+        """Unweighted mean square error in each of the U-Net's component groups, (g,), or of each component."""
+        return self._by_group.cpu()
+
+    def __repr__(self) -> str:
+        return f"Record(step={self.step}, loss={self.loss:.4g}, lr={self.lr:.3g}, seconds={self.seconds:.3g})"
 
 
 @torch.no_grad()
@@ -143,26 +158,37 @@ class Loop(ABC):
                 f"got {images.dtype} of shape {tuple(images.shape)}"
             )
         self.config, self.checkpoint = config, checkpoint
-        self.accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+        on_cpu = devices.default().type == "cpu"
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=devices.precision())
         denoiser.to(self.accelerator.device)
+        self._digest = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
         self.images = images.to(self.accelerator.device)
         self.plain, self._described = denoiser.network, describe(denoiser)
-        self.average = AveragedModel(self.plain, multi_avg_fn=self._average)
+        self.average = copy.deepcopy(self.plain).requires_grad_(False)
         optimizer = torch.optim.AdamW(self.plain.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         network, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
         self.denoiser = Denoiser(network, denoiser.basis, denoiser.prior)
-        self.step = 0
+        self.step = self._kept = 0
         if checkpoint is not None and Path(checkpoint).exists():
             self.restore(checkpoint)
 
     def run(self) -> Iterator[Record]:
-        """Train to `config.steps`, yielding a record after each step; stop iterating at any time."""
-        while self.step < self.config.steps:
-            start = time.perf_counter()
-            loss, by_group, lr = self._advance()
-            if self.checkpoint and (self.step % self.config.save_every == 0 or self.step == self.config.steps):
-                self.save(self.checkpoint)
-            yield Record(self.step, loss, by_group, lr, time.perf_counter() - start)
+        """Train to `config.steps`, yielding a record after each step; stop iterating at any time.
+
+        Ctrl-C waits for the end of a step; then, as when the caller stops iterating, the checkpoint is written.
+        """
+        try:
+            while self.step < self.config.steps:
+                start = time.perf_counter()
+                with _unbroken():
+                    loss, by_group, lr = self._advance()
+                    seconds = time.perf_counter() - start
+                    if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                        self._keep()
+                yield Record(self.step, loss, by_group, lr, seconds)
+        except (KeyboardInterrupt, GeneratorExit):
+            self._keep()
+            raise
 
     @abstractmethod
     def loss(self, index: int) -> tuple[Tensor, Tensor]:
@@ -184,7 +210,7 @@ class Loop(ABC):
         if not self.accelerator.is_main_process:
             return
         tensors = {f"network.{k}": v for k, v in self.plain.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.module.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
         write_tensors(path, tensors, self._header() | {"step": self.step})
@@ -204,8 +230,7 @@ class Loop(ABC):
                     "Remove it or give another file"
                 )
         self.plain.load_state_dict(_part(tensors, "network."))
-        self.average.module.load_state_dict(_part(tensors, "average."))
-        self.average.n_averaged.fill_(header["step"])
+        self.average.load_state_dict(_part(tensors, "average."))
         state: dict[int, dict[str, Tensor]] = {}
         weights = list(self.plain.parameters())
         for key, value in _part(tensors, "optimizer.").items():
@@ -215,9 +240,14 @@ class Loop(ABC):
             value = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
             state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.step = header["step"]
+        self.step = self._kept = header["step"]
 
-    def _advance(self) -> tuple[float, Tensor, float]:
+    def _keep(self) -> None:
+        if self.checkpoint and self.step != self._kept:
+            self.save(self.checkpoint)
+            self._kept = self.step
+
+    def _advance(self) -> tuple[Tensor, Tensor, float]:
         s = self.config
         lr = s.lr * min(1, (self.step + 1) / s.warmup) * 0.5 * (1 + math.cos(math.pi * self.step / s.steps))
         for group in self.optimizer.param_groups:
@@ -227,20 +257,20 @@ class Loop(ABC):
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.plain.parameters(), s.clip)
         self.optimizer.step()
-        self.average.update_parameters(self.plain)
+        decay = min(s.ema, (1 + self.step) / (10 + self.step)) if self.step else 0.0
+        get_ema_multi_avg_fn(decay)(list(self.average.parameters()), list(self.plain.parameters()), None)
         self.step += 1
         by_group = error.detach().mean(0).flatten()
         if isinstance(self.plain, UNet):
             by_group = by_group @ self.plain.levels.pool
-        return loss.item(), by_group.cpu(), lr
-
-    def _average(self, averages: Sequence[Tensor], weights: Sequence[Tensor], n: Tensor | int) -> None:
-        decay = min(self.config.ema, (1 + int(n)) / (10 + int(n)))
-        for average, weight in zip(averages, weights, strict=True):
-            average.lerp_(weight, 1 - decay)
+        return loss.detach(), by_group, lr
 
     def _header(self) -> dict[str, Any]:
-        return {"config": asdict(self.config), "images": list(self.images.shape), **self._described}
+        return {
+            "config": asdict(self.config),
+            "images": list(self.images.shape),
+            "digest": self._digest,
+        } | self._described
 
 
 class Trainer(Loop):
@@ -267,6 +297,8 @@ class Trainer(Loop):
     ) -> None:
         self.draw = draw
         super().__init__(denoiser, images, denoiser.basis.shape, config, checkpoint)
+        if isinstance(draw, Family):
+            draw.to(self.accelerator.device)
 
     def loss(self, index: int) -> tuple[Tensor, Tensor]:
         """Weighted loss, and squared noise errors (b, c, h, w), on the batch that belongs to step `index`."""
@@ -287,7 +319,24 @@ class Trainer(Loop):
 
     def averaged(self) -> Denoiser:
         """A denoiser with the averaged weights, sharing basis and prior; for sampling."""
-        return Denoiser(self.average.module, self.denoiser.basis, self.denoiser.prior).eval()
+        return Denoiser(self.average, self.denoiser.basis, self.denoiser.prior).eval()
+
+
+@contextmanager
+def _unbroken() -> Iterator[None]:
+    """A block that Ctrl-C does not break: it takes effect at the end."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield
+        return
+    asked = []
+    signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -319,7 +319,7 @@ def wavelet(variance: PerComponent, levels: int = 3, share: float | None = None)
 
     `variance` is that of the components; `share` of the time belongs to each band, 1 / (levels + 1) unless given.
     """
-    level = bases.Haar(shape_of(variance), levels).label("level")
+    level = bases.Haar(shape_of(variance), levels).label("level").to(variance.device)
     bands = [level == band for band in level.unique()]
     scale = sum(band * variance[band].mean().sqrt() for band in bands)
     return System(
@@ -415,5 +415,5 @@ def _staggered(order: PerComponent, b: float, base: Schedule) -> Schedule:
     """Each component runs through all of `base` within its own share b of the time, as in `schedules.sequential`."""
     local = schedules.sequential(order, b, 0.0, 1.0)
     starts = (1 - b) * (order.max() - order).double().unique() / (order.max() - order.min()).double().clamp(min=1e-12)
-    kinks = starts[:, None] + b * torch.cat([starts.new_zeros(1), base.kinks, starts.new_ones(1)])
+    kinks = starts[:, None].cpu() + b * torch.cat([torch.zeros(1), base.kinks, torch.ones(1)])
     return Schedule(lambda t: base.gamma(local.gamma(t[..., 0, 0, 0]))[..., 0, 0, 0], local.shape, kinks)

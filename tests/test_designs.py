@@ -135,7 +135,7 @@ def test_a_batch_of_inverse_softnesses_has_the_schedules_of_each():
             each = [getattr(fitted.schedule(x), quantity)(when) for x, when in zip(a.tolist(), t, strict=True)]
             torch.testing.assert_close(getattr(many, quantity)(t), torch.stack(each), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(
-            fitted.gamma_min_target(a), torch.stack([fitted.gamma_min_target(x) for x in a.tolist()])
+            fitted.family().gamma_min_target(a), torch.stack([fitted.family().gamma_min_target(x) for x in a.tolist()])
         )
 
 

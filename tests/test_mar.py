@@ -594,7 +594,7 @@ def test_the_loss_noises_each_unknown_token_several_times(kind, monkeypatch):
     share = torch.searchsorted(levels, gamma[:, 0, 0, 0].double()) / 4000
     assert abs(share.mean() - 0.5) < 0.02 and abs(share.std() - 12**-0.5) < 0.02
     by_image = share.view(32, -1).mean(1)
-    assert by_image.std() < 2 * 12**-0.5 / by_image.numel() ** 0.5 and by_image.std() > 0.01  # not one time an image
+    assert by_image.std() < 3 * 12**-0.5 / by_image.numel() ** 0.5 and by_image.std() > 0.01  # not one time an image
     assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.05 and len(eps.unique()) > 0.99 * eps.numel()
     c = t.model.prior.white_variance
     torch.testing.assert_close(error, (eps - gaussian_eps(diffuse(white, gamma, eps), gamma, c)).square())
@@ -680,7 +680,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_as_if_it_had_not_been(kind, stop, tmp
     torch.manual_seed(99)
     again = trainer(kind, checkpoint=tmp_path / "c", seed=5)
     resumed = again.step
-    assert resumed == stop // 2 * 2
+    assert resumed == stop
     assert [r.loss for r in again.run()] == losses[resumed:]
     for one, two in ((again.plain, whole.plain), (again.averaged(), whole.averaged())):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))

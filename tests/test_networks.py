@@ -1,11 +1,21 @@
 """Networks: every conditioning runs, starts at zero, listens to gamma and lets gradients through."""
 
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 
 from gudlib import bases, networks
 from gudlib.networks import GammaGroups, UNet
 
+LAST = torch.channels_last
 each_conditioning = pytest.mark.parametrize("conditioning", networks.CONDITIONINGS)
 
 
@@ -129,6 +139,51 @@ def test_levels_beyond_reach_are_one(conditioning):
         assert torch.equal(network(images, gamma), answer)
         gamma[..., :4] = 0.9 * end
         assert not torch.equal(network(images, gamma), answer)
+
+
+def gradients_under_autocast(run, network, *images):
+    network.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(*images).float().square().sum().backward()
+    return {name: p.grad for name, p in network.named_parameters()}
+
+
+def assert_compiled_gradients_are_right(network, images, backend):
+    eager = gradients_under_autocast(network, network, *images)
+    compiled = gradients_under_autocast(torch.compile(network, backend=backend), network, *images)
+    wrong = {name: (compiled[name] - g).norm() / g.norm() for name, g in eager.items()}
+    assert {name: error for name, error in wrong.items() if not error < 0.05} == {}
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_compiled_gradients_are_the_eager_ones():
+    """What inductor would compile (far slower) is run as it is, and has no scatter, after which inductor goes wrong."""
+    operations = set()
+
+    def backend(graph, _):
+        operations.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=backend, decompositions=select_decomp_table)
+    network, images = stir(unet(width=32)), inputs((1, 8, 8), 8)
+    assert_compiled_gradients_are_right(network, images, backend)
+    assert "aten.convolution_backward.default" in operations
+    assert [name for name in operations if "index_put" in name or "scatter" in name] == []
+
+
+def test_doubling_passes_gradients_on_when_compiled():
+    """In this place `nn.Upsample` passes zeros on, if inductor finds a compiler to compile with (torch 2.13)."""
+    part = nn.Sequential(nn.Conv2d(2, 64, 3, padding=1), stir(unet(width=32)).up[2]).to(memory_format=LAST)
+    images = inputs((1, 2, 2), 4)[0].contiguous(memory_format=LAST)
+    compiler = shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
+    assert_compiled_gradients_are_right(part, [images], "inductor" if compiler else "aot_eager")
+
+
+def test_doubling_is_upsampling_and_a_convolution():
+    torch.manual_seed(0)
+    double, images = networks.Doubling(3, 5, 3), torch.randn(2, 3, 4, 6)
+    expected = nn.functional.conv2d(nn.functional.interpolate(images, scale_factor=2), double.weight, double.bias, 1, 1)
+    torch.testing.assert_close(double(images), expected)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -49,7 +49,7 @@ def trainer(config=QUICK, checkpoint=None, kind="unet", images=None, seed=0, a=R
         model = Denoiser(
             cases.MLP(SHAPE, inputs=2, **(dict(width=32, depth=1) | options)), basis.float(), prior.float()
         )
-    draw = families.uniform_a(schedule_of(prior), a)
+    draw = families.SoftConditioning(prior, a, gamma_min_target=-7.0)
     return Trainer(model, pictures() if images is None else images, draw, config, checkpoint)
 
 
@@ -98,20 +98,21 @@ class Recorder(nn.Module):
 def watched(config, a=RANGE):
     """One batch of the loss: (loss, error, chi_t, gamma, inverse softnesses, times, schedule)."""
     t = trainer(config, kind="mlp")
-    order, log_variance, seen = components()[1].order, components()[1].log_variance, {}
+    schedule, seen = schedule_of(components()[1]), {}
 
-    def schedule(a):
-        inner = schedules.soft_conditioning(order, a, log_variance)
+    def draw(n, generator):
+        u = families.stratified_times(n, generator)[torch.randperm(n, generator=generator)]
+        seen["a"] = a[0] + (a[1] - a[0]) * u
+        inner = schedule(seen["a"])
 
         def gamma(time):
             seen["t"] = time[..., 0, 0, 0]
             return inner.gamma(time[..., 0, 0, 0])
 
-        seen["a"] = a
         seen["schedule"] = schedules.Schedule(gamma, SHAPE)
         return seen["schedule"]
 
-    t.draw, t.denoiser = families.uniform_a(schedule, a), Recorder(t.denoiser)
+    t.draw, t.denoiser = draw, Recorder(t.denoiser)
     loss, error = t.loss(0)
     return loss, error, t.denoiser.white_t, t.denoiser.gamma, seen["a"], seen["t"], seen["schedule"]
 
@@ -165,7 +166,7 @@ def test_the_untrained_loss_is_the_closed_form():
     found, expected = [], []
     for index in range(20):
         seen = {}
-        inner = families.uniform_a(schedule_of(components()[1]), RANGE)
+        inner = families.SoftConditioning(components()[1], RANGE, gamma_min_target=-7.0)
         t.draw = lambda n, g, s=seen, f=inner: s.setdefault("schedule", f(n, g))
         error = t.loss(index)[1]
         found.append(error.mean(0))
@@ -283,7 +284,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_as_if_it_had_not_been(kind, stop, tmp
             break
     again = trainer(kind=kind, checkpoint=tmp_path / "c", seed=5)  # its fresh weights must not matter
     resumed = again.step
-    assert resumed == stop // 2 * 2  # the last save
+    assert resumed == stop
     assert [r.loss for r in again.run()] == losses[resumed:]
     assert_same(again, whole)
 
@@ -333,7 +334,7 @@ def test_a_checkpoint_for_another_basis_is_refused(tmp_path):
     torch.manual_seed(0)
     other = denoiser.build(bases.Haar(SHAPE, 2), prior, groups=4, width=8)
     with pytest.raises(ValueError, match="had basis = {'name': 'dct'}"):
-        Trainer(other, pictures(), families.uniform_a(schedule_of(prior), RANGE), QUICK, file)
+        Trainer(other, pictures(), families.SoftConditioning(prior, RANGE), QUICK, file)
 
 
 def test_a_training_state_is_not_taken_for_a_denoiser(tmp_path):

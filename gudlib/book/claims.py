@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from gudlib.files import ROOT, write_json
+from gudlib.files import RUNS, write_json
 
 
 def results(notebook: str) -> Path:
@@ -15,7 +15,7 @@ def results(notebook: str) -> Path:
 
     Notebooks run by `gudlib.book.runs` have it in the output folder of the run.
     """
-    folder = Path(os.environ.get("GUDLIB_RESULTS", ROOT / "runs")) / notebook
+    folder = Path(os.environ.get("GUDLIB_RESULTS", RUNS)) / notebook
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

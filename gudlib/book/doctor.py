@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from gudlib.files import CHECKPOINTS, DATA, ROOT
+from gudlib.files import CHECKPOINTS, DATA, IN_REPOSITORY, ROOT, with_repository
 
 INSTALL = "remove .venv and run make venv; without make: pip install -c constraints.txt -e '.[test]'"
 
@@ -39,16 +39,21 @@ def packages() -> Iterator[tuple[str, str]]:
     """Installed versions, against what `pyproject.toml` needs and what `constraints.txt` says was tested."""
     from packaging.requirements import Requirement
 
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    pins, wanted = {}, importlib.metadata.requires("gudlib") or []
+    if IN_REPOSITORY:
+        pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+        wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     yield f"python {platform.python_version()}", ""
-    for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
-        needed = Requirement(requirement)
+    for needed in map(Requirement, wanted):
+        if needed.marker and not needed.marker.evaluate({"extra": ""}):
+            continue
         try:
             version = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
             yield f"{needed.name} is not installed", INSTALL
             continue
-        tested = "" if version.split("+")[0] == pins[needed.name] else f", not the tested {pins[needed.name]}"
+        pin = pins.get(needed.name, version.split("+")[0])
+        tested = "" if version.split("+")[0] == pin else f", not the tested {pin}"
         yield f"{needed.name} {version}{tested}", "" if version in needed.specifier else INSTALL
 
 
@@ -56,9 +61,10 @@ def device() -> Iterator[tuple[str, str]]:
     """Where torch computes, and the machine's memory."""
     import torch
 
-    name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    from gudlib import devices
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    yield f"device {name}, {torch.get_num_threads()} threads, {memory:.0f} GiB of memory", ""
+    yield f"device {devices.default().type}, {torch.get_num_threads()} threads, {memory:.0f} GiB of memory", ""
 
 
 def kernel() -> Iterator[tuple[str, str]]:
@@ -91,7 +97,7 @@ def image_sets() -> Iterator[tuple[str, str]]:
     yield f"the hub {hub}", ""
     for name in data.KNOWN:
         place = origin(name)
-        yield f"data {name}: {place}", "git checkout -- data" if "missing" in place else ""
+        yield f"data {name}: {place}", "git checkout -- data" if "missing" in place and IN_REPOSITORY else ""
 
 
 def origin(name: str) -> str:
@@ -121,6 +127,9 @@ def _hub(identifier: str) -> str:
 
 def files() -> Iterator[tuple[str, str]]:
     """The embedded image sets and the checkpoints against the sums that lie beside them."""
+    if not IN_REPOSITORY:
+        yield with_repository("what is checked here, data and checkpoints,"), ""
+        return
     for folder, pattern in ((DATA, "*/*.parquet"), (CHECKPOINTS, "*.safetensors")):
         sums = folder / "SHA256SUMS"
         lines = sums.read_text().splitlines() if sums.is_file() else []

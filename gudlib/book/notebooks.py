@@ -16,7 +16,7 @@ import nbformat
 import papermill
 from nbformat import NotebookNode
 
-from gudlib.files import NOTEBOOKS, replacing, write
+from gudlib.files import IN_REPOSITORY, NOTEBOOKS, replacing, with_repository, write
 
 PICTURE = NOTEBOOKS / "figures" / "overview.png"
 # Of the kernels in refresh and test alike: one thread gives the same digits again, bars would be stored as text.
@@ -46,7 +46,11 @@ def find(names: Sequence[str] = ()) -> list[Path]:
     """
     known = {path.stem: path for path in NOTEBOOKS.glob("*.ipynb")} | {path.stem[:2]: path for path in book()}
     paths = [known.get(name, Path(name)) for name in names] if names else book()
+    if not names and not IN_REPOSITORY:
+        raise ValueError(with_repository("the book of notebooks", "the path of a notebook"))
     missing = [str(path) for path in paths if path.suffix != ".ipynb" or not path.is_file()]
+    if missing and not IN_REPOSITORY:
+        raise ValueError(with_repository(f"notebook {', '.join(missing)}", "the path of one that is there"))
     if missing or not paths:
         there = ", ".join(sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))) or "none"
         raise ValueError(f"no notebook {', '.join(missing)}; there are (in {NOTEBOOKS}): {there}")

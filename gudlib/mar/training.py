@@ -25,7 +25,7 @@ def mask_ratio(lowest: float, spread: float, generator: torch.Generator) -> floa
     spread (10 is uniform for all purposes, while 0.25 leaves 1 % of all draws below 0.36).
     """
     low = torch.special.ndtr(torch.tensor((lowest - 1) / spread, dtype=torch.float64))
-    u = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device).cpu()
+    u = torch.rand((), generator=generator, dtype=torch.float64)
     return 1 + spread * float(torch.special.ndtri(low + (0.5 - low) * u))
 
 
@@ -101,7 +101,8 @@ class MarTrainer(Loop):
         permutation = permutations(network.kind == "raster", s.batch, network.count, generator)
         start = 0
         if network.kind == "masked":
-            start = network.count - math.ceil(network.count * mask_ratio(*s.masking, generator))
+            host = torch.Generator().manual_seed(s.seed * 1_000_003 + index + 500_000)  # a number for the host to know
+            start = network.count - math.ceil(network.count * mask_ratio(*s.masking, host))
         target = tokens.take_along_dim(permutation[:, start:, None], 1).repeat_interleave(s.repeats, 1)
         t = stratified_times(target[..., 0].numel(), generator)
         t = t[torch.randperm(len(t), generator=generator, device=device)].view(target.shape[:2])
@@ -120,5 +121,5 @@ class MarTrainer(Loop):
 
     def averaged(self) -> Autoregressor:
         """A model with the averaged weights, sharing basis and prior; for sampling."""
-        network: Network = self.average.module  # type: ignore[assignment]
+        network: Network = self.average  # type: ignore[assignment]
         return Autoregressor(network, self.model.basis, self.model.prior).eval()

@@ -1,0 +1,471 @@
+"""From pictures to a model: `GUD` fits basis, prior, schedules and network to images, trains, samples and scores.
+
+Everything here is a few calls of other modules, which stay in reach: `model.denoiser`, `model.family`,
+`model.process(a=1.0)` are what `gudlib.samplers`, `gudlib.likelihood` and `gudlib.training` take.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gudlib import denoiser, designs, devices, families, likelihood, samplers
+from gudlib.data import dequantise, scale, to_uint8
+from gudlib.denoiser import Denoiser
+from gudlib.families import Family, Known, Range, Sequential, SoftConditioning
+from gudlib.process import Process
+from gudlib.schedules import PerImage
+from gudlib.training import Record, Trainer, TrainingConfig
+
+Pictures = UInt8[Tensor, "n c h w"]
+NETWORKS = ("unet",)
+LARGEST_PCA = 6144  # numbers in a picture; the time for principal components grows with the third power
+EVALUATIONS = 20  # of the network, for each component while it moves
+
+
+class GUD:
+    """A generative model of pictures: a denoiser, and the family of schedules it is trained for.
+
+    Made by `fit` or `load`. Methods that need a schedule take the parameters of a member of the family: `a` (inverse
+    softness) or, for models of blocks, `b` (softness); by default those of `recommended`.
+
+    Attributes:
+        denoiser: network, basis and prior; weights averaged over training.
+        family: of schedules; None for a file that doesn't tell.
+        recommended: the member to use where none is asked for, such as `{"a": 1.0}`.
+        card: anything worth knowing about the model, JSON values, kept in its file.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        family: Family | None,
+        recommended: dict[str, Any] | None = None,
+        card: dict[str, Any] | None = None,
+        images: Pictures | None = None,
+    ) -> None:
+        self.denoiser, self.family, self.card, self._images = denoiser.eval(), family, card or {}, images
+        self.recommended = recommended or (family.default if family else {})
+
+    @classmethod
+    def fit(
+        cls,
+        images: Pictures,
+        basis: str = "pca",
+        a: float | Range | None = None,
+        blocks: str | Sequence[str] | None = None,
+        b: float | Range | Sequence[Range] | None = None,
+        r: float | None = None,
+        known: float | None = None,
+        network: str = "unet",
+        seed: int = 0,
+        verbose: bool = True,
+        **options: Any,
+    ) -> "GUD":
+        """Fit basis, prior and schedules to images, and put an untrained network around them.
+
+        Untrained, the model is the best normal distribution with independent components in that basis.
+
+        Arguments:
+            images: uint8 (n, c, h, w), as `load_folder` gives; at least 4. Kept for `train_steps`.
+            basis: `pca` (where images are few, of waves: `designs.principal`), `dct`, `fourier`, `haar` or `pixel`.
+            a: inverse softness, or its range in training; default (0.4, 1.6). Not with blocks.
+            blocks: components one after another instead, as `families.Sequential`: `columns`, `rows`, `patches`,
+                `levels`, or several inside one another; of `pixel` or, with levels and columns, of `haar`.
+            b: softness, or its range, or one for each of the blocks; default from one after another to all at once.
+            r: exponent of the prior, 0 noise of one variance to 1 of the data's; default 0 in pixels, else 1.
+            known: share of training images some of whose pixels are known, so that `inpaint` and `extend` work; default
+                a quarter in pixels, else none.
+            network: `unet`.
+            seed: of the network's weights.
+            verbose: print what was chosen.
+            options: of `networks.UNet`: `width` (default 32, or 24 for fewer than 1,000 images), `patch`,
+                `multipliers`, `conditioning`.
+
+        Raises:
+            ValueError: for images that are not such, or a choice that does not exist or does not fit them.
+        """
+        shape = _checked(images, basis, network, a, blocks, b)
+        known = (0.25 if basis == "pixel" else 0.0) if known is None else known
+        if known and basis != "pixel":
+            raise ValueError(f"known = {known} is for pixels; the basis is {basis!r}")
+        low, high = (a, a) if isinstance(a, int | float) else a or ((1.0, 1.0) if blocks else (0.4, 1.6))
+        b = (b, b) if isinstance(b, int | float) else b
+        r = (0.0 if basis == "pixel" else 1.0) if r is None else r
+        kind = "plain" if basis == "pixel" and blocks else basis  # of one mean and variance: strips can grow
+        fitted = designs.FittedDesign(designs.Design(kind, r, (low, high)), images.cpu(), few=True)
+        sizes = _sizes(shape) | {"width": 24 if len(images) < 1000 else 32}
+        options = sizes | {"conditioning": "map" if basis == "pixel" else "film"} | options
+        family = fitted.family(blocks, b)
+        groups: dict[str, Any] = {"groups": 1 if options["conditioning"] == "map" else 16}
+        if isinstance(family, Sequential) and options["conditioning"] != "map":
+            groups = {"groups": 64, "label": family.nest.group.double()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            built = denoiser.build(fitted.basis, fitted.prior, **groups, **options)
+        # Schedules of the prior as the file will have it, in float32
+        if isinstance(family, Sequential):
+            family = Sequential(built.basis, built.prior, family.blocks, family.b, family.gamma_max_target)
+        else:
+            family = SoftConditioning(built.prior, (low, high), fitted.gamma_max_target)
+        for masks in ("columns", "rectangles") if blocks == "columns" else ("rectangles",):
+            family = Known(family, masks, known) if known else family
+        card = {"images": len(images), "of_waves": fitted.of_waves, "seed": seed}
+        model = cls(built, family, card=card, images=images).to(devices.default())
+        if verbose:
+            print(model)
+        return model
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None) -> "GUD":
+        """The model of a file written by `save` (or `denoiser.save`), ready to sample.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is something else; it says what, and what opens it.
+        """
+        tensors, header = denoiser.read_saved(path)
+        built = denoiser.rebuild(path, tensors, header)
+        family = families.rebuild(header["family"], built.basis, built.prior) if header.get("family") else None
+        return cls(built, family, header.get("recommended"), header["card"]).to(device or devices.default())
+
+    def save(self, path: str | Path, half: bool = False) -> None:
+        """Write the model to one safetensors file, whole or not at all.
+
+        Arguments:
+            path: the file.
+            half: store the network's weights as float16; samples are then equal to about three digits, not bit for bit.
+        """
+        family = self.family.spec if self.family else None
+        denoiser.save(self.denoiser, path, half, self.card, family=family, recommended=self.recommended)
+
+    def train_steps(
+        self,
+        steps: int = 1000,
+        checkpoint: str | Path | None = None,
+        images: Pictures | None = None,
+        batch: int = 16,
+        progress: bool = True,
+        **config: Any,
+    ) -> Iterator[Record]:
+        """Train, yielding a record (`step`, `loss`, ...) after each step; the model is usable at any time.
+
+        Computed on the GPU that CUDA knows, else on the CPU (`devices.default`), where the model is from then on.
+
+        Every call is a run of its own, from the present weights, at a learning rate that falls to zero. With a
+        checkpoint, the same call in another process goes on where the last one stopped, by Ctrl-C for instance, and
+        ends as if it had not; a run that was completed is read and does nothing.
+
+        Arguments:
+            steps: optimiser steps in all.
+            checkpoint: file of the run's state, written every 100 steps, at the end and when stopped.
+            images: to train on; default those of `fit`.
+            batch: images a step.
+            progress: show a bar.
+            config: further settings of `training.TrainingConfig`: `lr`, `seed`, `ema`, `weighting`, ...
+
+        Raises:
+            ValueError: if there are no images, they don't fit, a setting makes no sense, or the checkpoint belongs to
+                another run; all before anything is done.
+        """
+        images = self._images if images is None else images
+        if images is None:
+            raise ValueError("a model that was loaded has no images: give train_steps(images=...)")
+        settings: dict[str, Any] = {"warmup": max(1, min(100, steps // 5)), "save_every": 100, "seed": 0} | config
+        family, network = self._family(), copy.deepcopy(self.denoiser.network).requires_grad_(True).train()
+        mine = Denoiser(network, self.denoiser.basis, self.denoiser.prior)
+        trainer = Trainer(mine, images, family, TrainingConfig(steps=steps, batch=batch, **settings), checkpoint)
+        self.denoiser = trainer.averaged()
+        return self._run(trainer, progress)
+
+    def sample(
+        self,
+        n: int,
+        a: PerImage | None = None,
+        b: PerImage | Sequence[PerImage] | None = None,
+        steps: int | None = None,
+        method: str | samplers.Method = "gaussian-pc",
+        seed: int = 0,
+        chunk: int = 64,
+        progress: bool = False,
+        **options: Any,
+    ) -> Pictures:
+        """Draw `n` pictures, uint8 (n, c, h, w).
+
+        Arguments:
+            n: how many.
+            a, b: the member of the family to follow; default `recommended`.
+            steps: updates of the sampler; default 20 for each component while it moves.
+            method: a name of `samplers.METHODS`, or a method.
+            seed: of the noise: the same seed draws the same pictures.
+            chunk: pictures at a time, which bounds the memory.
+            progress: show a bar.
+            options: further ones of `samplers.sample`: `temperature`, `grid`, ...
+
+        Raises:
+            ValueError: as `process` and `samplers.sample`.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1; got {n}")
+        generator, drawn = torch.Generator(self.device).manual_seed(seed), []
+        for part in torch.arange(n).split(chunk):
+            process, sizes = self._sampling(steps, **self._member(_rows(a, part), _rows(b, part)))
+            sizes |= {"method": method, "generator": generator, "progress": progress} | options
+            drawn.append(to_uint8(samplers.sample(self.denoiser, process, len(part), **sizes).data).cpu())
+        return torch.cat(drawn)
+
+    def inpaint(
+        self,
+        images: Pictures,
+        known: Bool[Tensor, "h w"] | Bool[Tensor, "n h w"],
+        a: PerImage | None = None,
+        b: PerImage | Sequence[PerImage] | None = None,
+        steps: int | None = None,
+        method: str | samplers.Method = "gaussian-pc",
+        seed: int = 0,
+        **options: Any,
+    ) -> Pictures:
+        """Fill in the pixels that are not known.
+
+        Arguments:
+            images: uint8 (n, c, h, w); their unknown pixels don't matter.
+            known: which pixels are given, (h, w) for all or (n, h, w) for each.
+            a, b, steps, method, seed, options: as for `sample`.
+
+        Raises:
+            ValueError: if the model is not of pixels, or was trained without known ones; if the mask does not fit.
+        """
+        self._knows("inpaint")
+        images, (_, h, w) = self._pictures(images), self.denoiser.basis.shape
+        if known.dtype != torch.bool or tuple(known.shape) not in {(h, w), (len(images), h, w)}:
+            raise ValueError(
+                f"known must be a mask (bool) of shape {(h, w)} or {(len(images), h, w)}; "
+                f"got {known.dtype} of shape {tuple(known.shape)}"
+            )
+        mask = known.to(self.device)[..., None, :, :].expand(*known.shape[:-2], *self.denoiser.basis.shape)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        process, sizes = self._sampling(steps, **self._member(a, b))
+        sizes |= {"method": method, "generator": generator, "grid": "uniform"} | options
+        filled = samplers.inpaint(self.denoiser, process, scale(images), mask, **sizes).data
+        return torch.where(mask, images, to_uint8(filled)).cpu()
+
+    def extend(
+        self,
+        images: Pictures,
+        columns: int,
+        moving: float | None = None,
+        context: int | None = None,
+        steps: int = 3,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> UInt8[Tensor, "n c h longer"]:
+        """Let pictures grow to the right, column by column, as far as you like.
+
+        Arguments:
+            images: uint8 (n, c, h, k).
+            columns: how many to add.
+            moving: how many columns move at once; default a quarter of the width the model was trained for.
+            context: finished columns that the model is shown; default as many as there is room for, a half at most.
+            steps: updates for each column.
+            seed: of the noise.
+            progress: show a bar.
+
+        Returns:
+            The longer pictures, uint8 (n, c, h, k + columns).
+
+        Raises:
+            ValueError: if the model is not one of columns in pixels, or the numbers don't fit it.
+        """
+        self._knows("extend")
+        if self._sequential("extend").blocks != ["columns"]:
+            raise ValueError("extend is for models of columns: GUD.fit(images, basis='pixel', blocks='columns')")
+        width = self.denoiser.basis.shape[2]
+        moving = width / 4 if moving is None else moving
+        context = min(width // 2, images.shape[-1]) if context is None else context
+        process, generator = self.process(b=moving / (width - 1 + moving)), torch.Generator(self.device)
+        start = scale(self._pictures(images, any_width=True))
+        growing = samplers.extend(self.denoiser, process, start, context, steps, generator=generator.manual_seed(seed))
+        shown = tqdm(islice(growing, columns), total=columns, desc="columns", disable=not progress)
+        return torch.cat([images.cpu(), *(to_uint8(column).cpu() for column in shown)], dim=-1)
+
+    def likelihood(
+        self,
+        images: Pictures,
+        a: float | None = None,
+        b: float | Sequence[float] | None = None,
+        draws: int = 4,
+        seed: int = 0,
+        **options: Any,
+    ) -> likelihood.Likelihood:
+        """The variational bound of -log p (ELBO), with its parts and errors, for dequantised images.
+
+        Arguments:
+            images: uint8 (n, c, h, w).
+            a, b: the member of the family; default `recommended`.
+            draws: estimates of each image.
+            seed: of dequantisation, times and noise.
+            options: further ones of `likelihood.bound`.
+        """
+        data = dequantise(self._pictures(images), torch.Generator(self.device).manual_seed(seed))
+        options = {"importance": True} | options
+        return likelihood.bound(self.denoiser, self.process(a=a, b=b), data, draws, seed, **options)
+
+    def nll(self, images: Pictures, a: float | None = None, **options: Any) -> Float[Tensor, " n"]:
+        """Negative log-likelihood of each image in nats, an upper bound, for dequantised images; as `likelihood`."""
+        return self.likelihood(images, a, **options).nats.mean(0)
+
+    def bits_per_dim(self, images: Pictures, a: float | None = None, **options: Any) -> float:
+        """The mean of that in bits per dimension, pixels times colours: smaller is better; as `likelihood`.
+
+        8 is what not knowing anything costs. The same number of the untrained model is that of a normal distribution.
+        """
+        return self.likelihood(images, a, **options).bits
+
+    def process(self, a: PerImage | None = None, b: PerImage | Sequence[PerImage] | None = None) -> Process:
+        """Basis, prior and the schedule of one member, for `gudlib.samplers` and `gudlib.likelihood`.
+
+        Raises:
+            ValueError: if the family has no such parameter, or was not trained for such a value.
+        """
+        schedule = self._family().schedule(**self._member(a, b))
+        return Process(self.denoiser.basis, self.denoiser.prior, schedule)
+
+    def to(self, device: str | torch.device) -> "GUD":
+        """The same model, moved to a device."""
+        self.denoiser.to(device)
+        if self.family:
+            self.family.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.denoiser.prior.mean.device
+
+    def __repr__(self) -> str:
+        c, h, w = self.denoiser.basis.shape
+        config = denoiser.describe(self.denoiser)["network"]
+        weights = sum(p.numel() for p in self.denoiser.network.parameters())
+        options = ", ".join(f"{name} {config[name]}" for name in ("width", "patch", "multipliers", "conditioning"))
+        waves = " (of waves: too few pictures for axes of their own)" if self.card.get("of_waves") else ""
+        ranges = self.family.ranges if self.family else {}
+        spans = ", ".join(f"{k} from {lo:.3g} to {hi:.3g}" for k, pairs in ranges.items() for lo, hi in pairs)
+        lines = {
+            "pictures": f"{c} x {h} x {w}",
+            "basis": self.denoiser.basis.name + waves,
+            "prior": f"scales from {self.denoiser.prior.scale.min():.3g} to {self.denoiser.prior.scale.max():.3g}",
+            "schedules": f"{spans}; recommended {self.recommended}" if self.family else "not known: set model.family",
+            "network": f"{config['kind']}, {options}; {weights:,} weights on {self.device}",
+        }
+        return "\n".join(["GUD", *(f"  {name:9} {text}" for name, text in lines.items())])
+
+    def _run(self, trainer: Trainer, progress: bool) -> Iterator[Record]:
+        total = trainer.config.steps
+        with tqdm(total=total, initial=trainer.step, desc="training", disable=not progress) as bar:
+            for record in trainer.run():
+                bar.update()
+                if record.step % 20 == 0 or record.step == total:  # reading the loss waits for the device
+                    bar.set_postfix(loss=f"{record.loss:.4f}")
+                yield record
+        self.card |= {"steps": total, "batch": trainer.config.batch, "seed": trainer.config.seed}
+
+    def _member(self, a: Any, b: Any) -> dict[str, Any]:
+        """Parameters of one member, within what was trained."""
+        ranges, given = self._family().ranges, {k: v for k, v in {"a": a, "b": b}.items() if v is not None}
+        given = given or self.recommended
+        if given.keys() != ranges.keys():
+            raise ValueError(f"this model's schedules have {' and '.join(ranges)}; got {' and '.join(given)}")
+        for name, pairs in ranges.items():
+            values = given[name] if isinstance(given[name], list | tuple) else [given[name]]
+            if len(values) != len(pairs):
+                raise ValueError(
+                    f"{name} must hold {len(pairs)} numbers, one for each of the blocks; got {given[name]}"
+                )
+            for value, (low, high) in zip(values, pairs, strict=True):
+                x = torch.as_tensor(value, dtype=torch.float64)
+                if not bool(((x >= low - 1e-6) & (x <= high + 1e-6)).all()):  # in float32, too
+                    raise ValueError(f"{name} must lie in what was trained, {low:.4g} to {high:.4g}; got {value}")
+        return given
+
+    def _sampling(self, steps: int | None, **member: Any) -> tuple[Process, dict[str, Any]]:
+        """The process, and steps with their grid: where each picture has a schedule of its own, none suits all."""
+        process = self.process(**member)
+        steps = round(EVALUATIONS / self._family().moving(**member)) if steps is None else steps
+        return process, {"steps": steps, "grid": "uniform" if process.schedule.batch else "adapted"}
+
+    def _family(self) -> Family:
+        if self.family is None:
+            raise ValueError("this file does not tell its schedules: set model.family, to one of gudlib.families")
+        return self.family
+
+    def _sequential(self, what: str) -> Sequential:
+        family = self._family()
+        while isinstance(family, Known):
+            family = family.family
+        if not isinstance(family, Sequential):
+            raise ValueError(f"{what} is for models of columns: GUD.fit(images, basis='pixel', blocks='columns')")
+        return family
+
+    def _knows(self, what: str) -> None:
+        if self.denoiser.basis.name != "pixel" or not isinstance(self._family(), Known):
+            raise ValueError(
+                f"{what} needs a model of pixels that has been trained with known ones: "
+                "GUD.fit(images, basis='pixel', known=0.25)"
+            )
+
+    def _pictures(self, images: Pictures, any_width: bool = False) -> Pictures:
+        wanted = self.denoiser.basis.shape
+        fits = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
+        if not fits or tuple(images.shape[1:-1]) != wanted[:2] or (images.shape[-1] != wanted[2] and not any_width):
+            raise ValueError(f"images must be uint8 of shape (n, {', '.join(map(str, wanted))}); got {_what(images)}")
+        return images.to(self.device)
+
+
+def _checked(images: Any, basis: str, network: str, a: Any, blocks: Any, b: Any) -> tuple[int, int, int]:
+    """The shape of images that can be fitted."""
+    known = ("pca", "dct", "fourier", "haar", "pixel")
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or len(images) < 4:
+        raise ValueError(f"images must be uint8 of shape (n, c, h, w), at least 4; got {_what(images)}")
+    if basis not in known:
+        raise ValueError(f"basis must be one of {known}; got {basis!r}")
+    if network not in NETWORKS:
+        raise ValueError(f"network must be one of {NETWORKS}; got {network!r}")
+    if blocks is not None and a is not None:
+        raise ValueError(f"a is for schedules without blocks; got a = {a} and blocks = {blocks!r}")
+    if blocks is None and b is not None:
+        raise ValueError(f"b is the softness of blocks; got b = {b} without blocks")
+    shape = (images.shape[1], images.shape[2], images.shape[3])
+    if basis == "pca" and images[0].numel() > LARGEST_PCA:
+        raise ValueError(
+            f"basis 'pca' takes pictures of {LARGEST_PCA} numbers at most, these of {shape} have "
+            f"{images[0].numel()}: choose 'dct', or smaller pictures"
+        )
+    return shape
+
+
+def _what(images: Any) -> str:
+    return f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+
+
+def _rows(values: Any, part: Tensor) -> Any:
+    """Those of some pictures, where each has a value of its own."""
+    if isinstance(values, list | tuple):
+        return [_rows(value, part) for value in values]
+    return values[part] if isinstance(values, Tensor) and values.ndim else values
+
+
+def _sizes(shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Patch and resolutions of a U-Net for a picture, as far as they divide it."""
+    _, h, w = shape
+    side = min(h, w)
+    patch = next(p for p, least in ((4, 96), (2, 16), (1, 0)) if side >= least and not (h % p or w % p))
+    count = 1
+    while count < 3 and side // (fold := patch * 2**count) >= 7 and not (h % fold or w % fold):
+        count += 1
+    return {"patch": patch, "multipliers": (1, 2, 2)[:count]}

@@ -1,0 +1,409 @@
+"""The front door: from pictures to a model and back, every promise of `gudlib.GUD`."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import cases
+import pytest
+import torch
+
+import gudlib as gud
+from gudlib import data, denoiser, families, samplers
+from gudlib.data import dequantise
+from gudlib.files import CHECKPOINTS, read_tensors
+from gudlib.model import GUD
+
+SHAPE = (3, 8, 8)
+FAST = {"width": 8, "verbose": False}
+KINDS = {
+    "pca": {},
+    "dct": {"basis": "dct", "a": 1.0},
+    "fourier": {"basis": "fourier", "a": (0.0, 1.0)},
+    "haar": {"basis": "haar", "r": 0.5},
+    "pixel": {"basis": "pixel"},
+    "columns": {"basis": "pixel", "blocks": "columns"},
+    "rows": {"basis": "pixel", "blocks": "rows", "b": 0.5},
+    "patches": {"basis": "pixel", "blocks": "patches 2", "b": (0.2, 1.0), "known": 0.0},
+    "levels, columns": {"basis": "haar", "blocks": ("levels", "columns 2"), "b": ((0.5, 1.0), (0.5, 1.0))},
+}
+
+
+def pictures(n=48, shape=SHAPE, seed=0):
+    """Smooth colour fields with a bright or a dark square."""
+    generator = torch.Generator().manual_seed(seed)
+    c, h, w = shape
+    coarse = torch.rand(n, c, 3, 3, generator=generator) * 120 + 60
+    fields = torch.nn.functional.interpolate(coarse, (h, w), mode="bilinear", align_corners=True)
+    sign = torch.randint(0, 2, (n, 1, 1, 1), generator=generator) * 2 - 1
+    fields[:, :, h // 4 : h // 2, w // 4 : w // 2] += 50 * sign
+    return (fields + torch.randint(-4, 5, fields.shape, generator=generator)).clamp(0, 255).byte()
+
+
+IMAGES = pictures()
+
+
+def fitted(kind="pca", images=IMAGES, **options):
+    return GUD.fit(images, **(KINDS[kind] | FAST | options))
+
+
+def trained(kind="pca", steps=3, **options):
+    model = fitted(kind)
+    list(model.train_steps(steps, batch=4, progress=False, **options))
+    return model
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.denoiser.network.parameters()])
+
+
+# Fit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_choice_trains_samples_scores_and_comes_back_from_its_file(kind, tmp_path):
+    model = trained(kind)
+    drawn = model.sample(3, steps=4)
+    assert drawn.shape == (3, *SHAPE) and drawn.dtype == torch.uint8
+    assert math.isfinite(model.bits_per_dim(IMAGES[:4], draws=1))
+    model.save(tmp_path / "m.safetensors")
+    again = GUD.load(tmp_path / "m.safetensors")
+    assert torch.equal(again.sample(3, steps=4), drawn)
+    assert again.family.spec == model.family.spec and again.recommended == model.recommended
+    assert again.card == model.card and repr(again) == repr(model)
+    assert again.bits_per_dim(IMAGES[:4], draws=1) == model.bits_per_dim(IMAGES[:4], draws=1)
+
+
+def test_fit_says_what_it_picked(capsys):
+    model = GUD.fit(IMAGES, width=8)
+    said = capsys.readouterr().out
+    assert said.strip() == repr(model)
+    for part in ("3 x 8 x 8", "pca", "a from 0.4 to 1.6", "recommended {'a': 1.0}", "width 8", "cpu"):
+        assert part in said
+    assert "b from 0.125 to 1" in repr(fitted("columns"))
+
+
+def test_untrained_it_is_a_normal_distribution():
+    """Its bits per dimension are those of independent normals in the basis, of the variances fitted."""
+    model, unseen = fitted("pca"), pictures(64, seed=1)
+    prior, basis = model.denoiser.prior.double(), model.denoiser.basis.double()
+    variance = prior.moments.floored
+    x = dequantise(unseen, torch.Generator().manual_seed(0)).double()
+    off = (basis(x) - prior.mean).square() / variance
+    nats = 0.5 * (off + variance.log() + math.log(2 * math.pi)).flatten(1).sum(1)
+    expected = (nats / (192 * math.log(2)) + 7).mean().item()
+    fresh = fitted("pca")
+    for a in (0.4, 1.0):
+        assert fresh.bits_per_dim(unseen, a=a) == pytest.approx(expected, abs=0.02)
+    torch.testing.assert_close(fresh.nll(unseen, draws=16).double(), nats, rtol=0.02, atol=0.5)
+
+
+def test_few_pictures_give_principal_components_that_suit_others():
+    """With fewer pictures than pixels their own covariance is blind to most of what others hold."""
+    few, unseen = pictures(20), pictures(64, seed=1)
+    model = fitted("pca", few)
+    assert model.card["of_waves"] and "of waves" in repr(model)
+    plain = gud.designs.FittedDesign(gud.designs.Design("pca", 1.0, (1.0, 1.0)), few)
+    bits = gud.bound(plain.denoiser(8), plain.process(1.0), dequantise(unseen, torch.Generator().manual_seed(0))).bits
+    assert model.bits_per_dim(unseen) < bits - 1
+    many = fitted("pca", pictures(3000))
+    assert not many.card["of_waves"] and many.bits_per_dim(unseen) < model.bits_per_dim(unseen) - 0.2
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "multipliers"),
+    [
+        ((1, 28, 28), 2, [1, 2]),
+        ((3, 32, 32), 2, [1, 2]),
+        ((1, 64, 64), 2, [1, 2, 2]),
+        ((1, 96, 128), 4, [1, 2]),
+        ((1, 8, 12), 1, [1]),
+        ((1, 14, 14), 1, [1, 2]),
+        ((3, 17, 21), 1, [1]),
+        ((1, 30, 20), 2, [1]),
+    ],
+)
+def test_sizes_fit_the_pictures(shape, patch, multipliers):
+    model = GUD.fit(pictures(6, shape), basis="dct", a=1.0, **FAST)
+    config = model.denoiser.network.config
+    assert (config["patch"], config["multipliers"]) == (patch, multipliers)
+    assert model.denoiser(torch.zeros(2, *shape), torch.zeros(1, 1, 1, 1)).shape == (2, *shape)
+
+
+# Training
+
+
+def test_the_loss_falls_and_the_model_can_be_used_meanwhile():
+    model = fitted("dct")
+    before = model.bits_per_dim(IMAGES)
+    losses, drawn = [], []
+    for record in model.train_steps(150, batch=32, progress=False, lr=5e-3):
+        losses.append(record.loss)
+        if record.step in (1, 150):
+            drawn.append(model.sample(2, steps=3))
+    assert [len(losses), record.step] == [150, 150]
+    assert sum(losses[-30:]) < sum(losses[:30])
+    assert not torch.equal(*drawn) and model.bits_per_dim(IMAGES) < before - 0.1
+    assert model.card["steps"] == 150
+
+
+def test_every_call_is_a_run_of_its_own_from_the_present_weights():
+    model = trained()
+    after = weights(model)
+    steps = list(model.train_steps(2, batch=4, progress=False, seed=1))
+    assert [s.step for s in steps] == [1, 2] and not torch.equal(weights(model), after)
+    assert steps[0].loss < 3  # it goes on from there
+
+
+def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(tmp_path):
+    whole = trained(steps=6)
+    model = fitted()
+    for record in model.train_steps(6, tmp_path / "run", batch=4, progress=False):
+        if record.step == 4:
+            break
+    again = fitted(seed=5)  # in another process, say
+    rest = list(again.train_steps(6, tmp_path / "run", batch=4, progress=False))
+    assert [r.step for r in rest] == [5, 6] and torch.equal(weights(again), weights(whole))
+    third = fitted()
+    assert list(third.train_steps(6, tmp_path / "run", batch=4, progress=False)) == []
+    assert torch.equal(third.sample(2, steps=3), whole.sample(2, steps=3))
+
+
+INTERRUPTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.insert(0, sys.argv[2])
+import test_model as here
+here.torch.set_num_threads(1)
+for record in here.fitted().train_steps(100_000, sys.argv[1], batch=4):
+    print(record.step, flush=True)
+"""
+
+
+def test_ctrl_c_stops_after_a_step_and_loses_nothing(tmp_path):
+    file = tmp_path / "run.safetensors"
+    command = [sys.executable, "-c", INTERRUPTED, str(file), os.path.dirname(__file__)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    seen = [int(process.stdout.readline()) for _ in range(3)]
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=cases.PATIENCE)
+    last = [*seen, *(int(line) for line in out.split())][-1]
+    assert "KeyboardInterrupt" in err and process.returncode == 130 or process.returncode == -signal.SIGINT
+    assert read_tensors(file)[1]["step"] in (last, last + 1)  # the step after may have been made, not told
+    model = fitted()
+    next(model.train_steps(100_000, file, batch=4, progress=False))
+
+
+def test_a_loaded_model_trains_on_with_images_given(tmp_path):
+    trained().save(tmp_path / "m")
+    again = GUD.load(tmp_path / "m")
+    before = weights(again)
+    with pytest.raises(ValueError, match=r"was loaded has no images: give train_steps\(images=...\)"):
+        again.train_steps(2)
+    list(again.train_steps(2, images=IMAGES, batch=4, progress=False))
+    assert not torch.equal(weights(again), before)
+
+
+def test_a_run_with_other_pictures_is_not_taken_up(tmp_path):
+    list(fitted().train_steps(2, tmp_path / "run", batch=4, progress=False))
+    with pytest.raises(ValueError, match="run belongs to another run, which had digest = "):
+        fitted().train_steps(2, tmp_path / "run", images=IMAGES.flip(0), batch=4)
+
+
+def test_the_bar_shows_steps_and_loss(capsys):
+    list(fitted().train_steps(20, batch=2))
+    said = capsys.readouterr().err
+    assert "20/20" in said and "loss=" in said
+    list(fitted().train_steps(2, batch=2, progress=False))
+    assert capsys.readouterr().err == ""
+
+
+# Sampling
+
+
+def test_the_same_seed_draws_the_same_pictures_however_they_are_chunked():
+    model = trained()
+    one = model.sample(5, a=0.7, steps=4, seed=3)
+    assert torch.equal(model.sample(5, a=0.7, steps=4, seed=3), one)
+    assert not torch.equal(model.sample(5, a=0.7, steps=4, seed=4), one)
+    assert model.sample(5, a=0.7, steps=4, chunk=2).shape == (5, *SHAPE)
+
+
+def test_samples_are_those_of_the_modules_beneath():
+    model = trained()
+    process = model.process(a=0.7)
+    generator = torch.Generator().manual_seed(3)
+    below = samplers.sample(model.denoiser, process, 4, 5, "heun", generator, grid="adapted", temperature=0.5)
+    assert torch.equal(
+        model.sample(4, a=0.7, steps=5, method="heun", seed=3, temperature=0.5), data.to_uint8(below.data)
+    )
+
+
+def test_each_picture_may_have_a_softness_of_its_own():
+    model = trained()
+    a = torch.tensor([0.4, 1.0, 1.6])
+    drawn = model.sample(3, a=a, steps=4, chunk=2)
+    alone = model.sample(3, a=1.0, steps=4, chunk=2, grid="uniform")
+    assert torch.equal(drawn[1], alone[1]) and not torch.equal(drawn[0], alone[0])
+    blocks = trained("levels, columns")
+    assert blocks.sample(2, b=[torch.tensor([0.5, 1.0]), 0.5], steps=4).shape == (2, *SHAPE)
+
+
+def test_steps_follow_from_how_long_a_component_moves():
+    for kind, member, steps in (
+        ("pca", {}, 20),
+        ("columns", {"b": 0.25}, 80),
+        ("levels, columns", {"b": [0.5, 0.5]}, 80),
+    ):
+        made = []
+
+        def counted(model, process, x, t, s, made=made):
+            made.append(t)
+            return samplers.Step(x, torch.zeros(()))
+
+        fitted(kind).sample(2, method=counted, **member)
+        assert len(made) == steps
+
+
+def test_untrained_samples_have_the_moments_of_the_pictures():
+    model, shown = fitted("dct"), IMAGES.double()
+    drawn = model.sample(400, method="ancestral-mmse", steps=5, chunk=400).double()
+    torch.testing.assert_close(drawn.mean(0), shown.mean(0), rtol=0, atol=9)
+    assert drawn.std(0).mean().item() == pytest.approx(shown.std(0).mean().item(), rel=0.1)
+
+
+# Filling and growing
+
+
+def test_inpaint_keeps_what_is_known_and_fills_the_rest():
+    model = trained("pixel")
+    known = torch.ones(8, 8, dtype=torch.bool)
+    known[2:5, 3:6] = False
+    filled = model.inpaint(IMAGES[:3], known, steps=5)
+    assert torch.equal(filled[..., known], IMAGES[:3][..., known])
+    other = torch.where(known, IMAGES[:3], 0)  # what is not known does not matter
+    assert torch.equal(model.inpaint(other, known, steps=5), filled)
+    each = torch.stack([known, ~known, known])
+    assert torch.equal(model.inpaint(IMAGES[:3], each, steps=5)[1][:, ~known], IMAGES[1][:, ~known])
+
+
+@pytest.mark.parametrize("width", [5, 8, 20])
+def test_extend_adds_columns(width):
+    model = trained("columns")
+    start = pictures(2, (3, 8, width), seed=2)
+    longer = model.extend(start, 7, progress=False)
+    assert longer.shape == (2, 3, 8, width + 7) and torch.equal(longer[..., :width], start)
+    assert torch.equal(model.extend(start, 7, progress=False), longer)
+
+
+# Files
+
+
+def test_a_file_without_a_family_loads_and_can_be_told_its_own(tmp_path):
+    model = trained("dct")
+    denoiser.save(model.denoiser, tmp_path / "old.safetensors", card={"by": "hand"})
+    old = GUD.load(tmp_path / "old.safetensors")
+    assert old.family is None and old.card == {"by": "hand"} and "set model.family" in repr(old)
+    with pytest.raises(ValueError, match="does not tell its schedules: set model.family"):
+        old.sample(2)
+    old.family = families.rebuild(model.family.spec, old.denoiser.basis, old.denoiser.prior)
+    assert torch.equal(old.sample(2, a=1.0, steps=3), model.sample(2, a=1.0, steps=3))
+    old.save(tmp_path / "new.safetensors")
+    assert GUD.load(tmp_path / "new.safetensors").family.spec == model.family.spec
+
+
+@pytest.mark.parametrize("path", sorted(CHECKPOINTS.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_shipped_files_open_here_or_say_what_opens_them(path):
+    if "mar" in path.stem:
+        with pytest.raises(ValueError, match=rf"{path.name} holds a network of kind '\w+'; use gudlib.mar.load"):
+            GUD.load(path)
+    elif "features" in path.stem:
+        with pytest.raises(ValueError, match=path.name):
+            GUD.load(path)
+    else:
+        model = GUD.load(path)
+        assert model.sample(1, steps=2).shape == (1, *model.denoiser.basis.shape)
+
+
+def test_what_is_recommended_is_kept_and_used(tmp_path):
+    model = trained()
+    model.recommended = {"a": 1.4}
+    model.save(tmp_path / "m")
+    again = GUD.load(tmp_path / "m")
+    assert again.bits_per_dim(IMAGES[:5]) == model.bits_per_dim(IMAGES[:5], a=1.4)
+    assert again.bits_per_dim(IMAGES[:5]) != model.bits_per_dim(IMAGES[:5], a=1.0)
+    assert torch.equal(again.sample(2, steps=3), model.sample(2, a=1.4, steps=3))
+
+
+def test_half_precision_halves_the_network(tmp_path):
+    model = trained()
+    model.save(tmp_path / "whole")
+    model.save(tmp_path / "half", half=True)
+    kept = [
+        sum(t.numel() * t.element_size() for k, t in read_tensors(tmp_path / f)[0].items() if "network" in k)
+        for f in ("whole", "half")
+    ]
+    assert kept[1] < 0.6 * kept[0]
+    difference = GUD.load(tmp_path / "half").sample(4, steps=3).int() - model.sample(4, steps=3).int()
+    assert difference.abs().float().mean() < 1
+
+
+# Errors
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_wrong_choice_is_refused_before_any_work(tmp_path):
+    pca, pixel, columns = fitted(), fitted("pixel", known=0.0), fitted("columns")
+    known = torch.ones(8, 8, dtype=torch.bool)
+    for call, message in (
+        (
+            lambda: GUD.fit(IMAGES.float()),
+            r"images must be uint8 of shape \(n, c, h, w\), at least 4; got torch.float32",
+        ),
+        (lambda: GUD.fit(IMAGES.numpy()), "got ndarray"),
+        (lambda: GUD.fit(IMAGES[0]), r"got torch.uint8 of shape \(3, 8, 8\)"),
+        (lambda: GUD.fit(IMAGES[:3]), r"got torch.uint8 of shape \(3, 3, 8, 8\)"),
+        (lambda: GUD.fit(IMAGES, "wavelet"), "basis must be one of .*; got 'wavelet'"),
+        (lambda: GUD.fit(IMAGES, network="mlp"), "network must be one of .*; got 'mlp'"),
+        (lambda: GUD.fit(IMAGES, a=(1.6, 0.4)), r"a must be \(lowest, highest\)"),
+        (lambda: GUD.fit(IMAGES, "pixel", a=1.0, blocks="columns"), "a is for schedules without blocks"),
+        (lambda: GUD.fit(IMAGES, b=0.5), "b is the softness of blocks; got b = 0.5 without blocks"),
+        (lambda: GUD.fit(IMAGES, known=0.5), "known = 0.5 is for pixels; the basis is 'pca'"),
+        (lambda: GUD.fit(IMAGES, "dct", blocks="columns"), "DCT has no label 'column'"),
+        (lambda: GUD.fit(IMAGES, "pixel", blocks="stripes"), "blocks must be of"),
+        (lambda: GUD.fit(pictures(4, (3, 64, 64))), "'pca' takes pictures of 6144 numbers at most.*choose 'dct'"),
+        (lambda: pca.train_steps(0), "steps must be at least 1; got 0"),
+        (lambda: pca.train_steps(2, batch=0), "batch must be at least 1; got 0"),
+        (lambda: pca.train_steps(2, images=IMAGES[..., :4]), r"images must be uint8 of shape \(n, 3, 8, 8\)"),
+        (lambda: pca.sample(0), "n must be at least 1; got 0"),
+        (lambda: pca.sample(2, a=2.5), "a must lie in what was trained, 0.4 to 1.6; got 2.5"),
+        (lambda: pca.sample(2, b=0.5), "this model's schedules have a; got b"),
+        (lambda: columns.sample(2, a=1.0), "this model's schedules have b; got a"),
+        (lambda: columns.sample(2, b=[0.5, 0.5]), "b must hold 1 numbers"),
+        (lambda: columns.sample(2, b=0.05), "b must lie in what was trained, 0.125 to 1; got 0.05"),
+        (lambda: pca.sample(2, method="euler"), "method must be one of"),
+        (lambda: pca.bits_per_dim(IMAGES.float()), r"images must be uint8 of shape \(n, 3, 8, 8\); got torch.float32"),
+        (lambda: pca.nll(IMAGES[..., :4]), r"got torch.uint8 of shape \(48, 3, 8, 4\)"),
+        (lambda: pca.inpaint(IMAGES[:2], known), "inpaint needs a model of pixels that has been trained with known"),
+        (lambda: pixel.inpaint(IMAGES[:2], known), "inpaint needs a model of pixels that has been trained with known"),
+        (
+            lambda: columns.inpaint(IMAGES[:2], known[:4]),
+            r"known must be a mask \(bool\) of shape \(8, 8\) or \(2, 8, 8\)",
+        ),
+        (lambda: columns.inpaint(IMAGES[:2], known.float()), "got torch.float32"),
+        (lambda: fitted("pixel").extend(IMAGES[:2], 3), "extend is for models of columns"),
+        (lambda: columns.extend(IMAGES[:2, :1], 3), r"got torch.uint8 of shape \(2, 1, 8, 8\)"),
+        (lambda: columns.extend(IMAGES[:2], 3, context=40), "context must lie between"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        GUD.load(tmp_path / "none")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="text is not a complete gudlib checkpoint"):
+        GUD.load(tmp_path / "text")
+    list(pca.train_steps(1, tmp_path / "run", batch=2, progress=False))
+    with pytest.raises(ValueError, match="run is the state of a training run"):
+        GUD.load(tmp_path / "run")
