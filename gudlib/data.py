@@ -131,13 +131,19 @@ def load_folder(
         raise FileNotFoundError(f"path must be a folder of pictures; there is none at {path}")
     from datasets import Image, load_dataset
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     found = [p for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith(".")]
     files = sorted(str(p) for p in found if p.suffix.lower() in ImageFolder.EXTENSIONS)
     if not files:
         raise FileNotFoundError(f"no pictures in {path}: {len(found)} files, none with the ending of an image file")
     options: dict = {"drop_labels": True, "drop_metadata": True, "streaming": True}  # no copy in the user's home
-    rows = load_dataset("imagefolder", data_files={"train": files}, **options)["train"]
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()  # of looking for the files, which are known
+    try:
+        rows = load_dataset("imagefolder", data_files={"train": files}, **options)["train"]
+    finally:
+        enable_progress_bars() if shown else None
     rows = rows.cast_column("image", Image(decode=False))
     pictures, broken, small = [], [], 0
     for row in tqdm(rows, total=len(files), desc="pictures", disable=len(files) < 500):

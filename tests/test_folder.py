@@ -95,13 +95,14 @@ def test_photographs_are_turned_as_the_camera_was_held(tmp_path):
     assert np.array_equal(turned, np.asarray(picture.transpose(Image.Transpose.ROTATE_270)))
 
 
-def test_the_order_is_random_and_always_the_same(tmp_path):
+def test_the_order_is_random_and_always_the_same_and_nothing_is_said(tmp_path, capfd):
     for k in range(40):
         plain((k, k, k)).save(tmp_path / f"{k:02}.png")
     order = data.load_folder(tmp_path, 4)[:, 0, 0, 0].tolist()
     assert sorted(order) == list(range(40)) and order != sorted(order)
     assert order == data.load_folder(tmp_path, 4)[:, 0, 0, 0].tolist()
     assert order != data.load_folder(tmp_path, 4, seed=1)[:, 0, 0, 0].tolist()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_small_pictures_are_enlarged_with_a_warning(tmp_path):
