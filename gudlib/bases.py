@@ -187,9 +187,7 @@ class PCA(Basis):
     def of(cls, covariance: Float[Tensor, "g n n"], shape: Shape) -> "PCA":
         """Principal axes of a covariance, of all components (g = 1) or of each channel's, by eigendecomposition."""
         values, vectors = torch.linalg.eigh(covariance)
-        rows = vectors.mT.flip(1)
-        rows = rows * rows.gather(2, rows.abs().argmax(dim=2, keepdim=True)).sign()
-        return cls(rows.contiguous(), shape, values.flip(1).clamp(min=0))
+        return cls(_signed(vectors.mT.flip(1)).contiguous(), shape, values.flip(1).clamp(min=0))
 
     @classmethod
     def of_waves(cls, images: Images) -> "PCA":
@@ -204,8 +202,7 @@ class PCA(Basis):
         values, vectors = torch.linalg.eigh(torch.einsum("bik,bjk->kij", waves, waves) / (len(x) - 1))
         axes = torch.einsum("kie,kl->keil", vectors, torch.eye(len(vectors), dtype=x.dtype, device=x.device))
         rows, order = cosines.inverse(axes.reshape(-1, *shape)).flatten(1), values.flatten().argsort(descending=True)
-        rows = rows * rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()
-        return cls(rows[order][None], shape, values.flatten()[order][None].clamp(min=0))
+        return cls(_signed(rows[order][None]), shape, values.flatten()[order][None].clamp(min=0))
 
     def _analyse(self, images: Images) -> Images:
         groups = images.reshape(images.shape[0], self.matrix.shape[0], -1).transpose(0, 1)
@@ -222,6 +219,11 @@ class PCA(Basis):
             "eigenvalue": self.eigenvalues.double().cpu().reshape(self.shape),
         }
         return labels | ({"channel": self._grid()[0]} if g == self.shape[0] else {})
+
+
+def _signed(rows: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
+    """Each row with its largest entry positive, so that a fit is reproducible."""
+    return rows * rows.gather(2, rows.abs().argmax(dim=2, keepdim=True)).sign()
 
 
 class Fourier(Basis):

@@ -143,7 +143,8 @@ def load_folder(
     try:
         rows = load_dataset("imagefolder", data_files={"train": files}, **options)["train"]
     finally:
-        enable_progress_bars() if shown else None
+        if shown:
+            enable_progress_bars()
     rows = rows.cast_column("image", Image(decode=False))
     pictures, broken, small = [], [], 0
     for row in tqdm(rows, total=len(files), desc="pictures", disable=len(files) < 500):

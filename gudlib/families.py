@@ -229,8 +229,33 @@ class Sequential(Family):
         return {"b": self.b}
 
 
-class Known(Family):
+class Derived(Family):
+    """A family in training of which a `share` of the images differs; its members are those of the family."""
+
+    def __init__(self, family: Family, share: float) -> None:
+        super().__init__()
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must lie between 0 and 1; got {share}")
+        self.family, self.share, self.shape, self.default = family, share, family.shape, family.default
+
+    def schedule(self, **parameters: Any) -> Schedule:
+        """As the family's."""
+        return self.family.schedule(**parameters)
+
+    def moving(self, **parameters: Any) -> float:
+        """As the family's."""
+        return self.family.moving(**parameters)
+
+    @property
+    def ranges(self) -> dict[str, list[Range]]:
+        """As the family's."""
+        return self.family.ranges
+
+
+class Known(Derived):
     """The same, but a `share` of the images has known components, which are never noised (`schedules.held`).
+
+    Members are those in which nothing is known; `schedules.held` makes one in which something is.
 
     Arguments:
         family: of all components.
@@ -242,14 +267,13 @@ class Known(Family):
     """
 
     def __init__(self, family: Family, masks: Bool[Tensor, "m c h w"] | str, share: float = 0.5) -> None:
-        super().__init__()
+        super().__init__(family, share)
         drawn = known(masks, family.shape) if isinstance(masks, str) else masks
         if drawn.dtype != torch.bool or drawn.ndim != 4 or tuple(drawn.shape[1:]) != family.shape:
             raise ValueError(
                 f"masks must be bool of shape (m, {', '.join(map(str, family.shape))}); "
                 f"got {drawn.dtype} of shape {tuple(drawn.shape)}"
             )
-        self.family, self.share, self.shape, self.default = family, _share(share), family.shape, family.default
         self._which = masks if isinstance(masks, str) else len(masks)
         self.masks: Tensor
         self.register_buffer("masks", drawn, persistent=False)
@@ -260,26 +284,13 @@ class Known(Family):
         mask = self.masks[torch.randint(len(self.masks), (n,), generator=generator, device=device)]
         return held(schedule, mask & (_shuffled(n, generator) < self.share)[:, None, None, None])
 
-    def schedule(self, **parameters: Any) -> Schedule:
-        """A member in which nothing is known; `schedules.held` makes one in which something is."""
-        return self.family.schedule(**parameters)
-
-    def moving(self, **parameters: Any) -> float:
-        """As the family's."""
-        return self.family.moving(**parameters)
-
     @property
     def spec(self) -> dict[str, Any]:
         """As `Family`; masks by their name, or their number if they were given."""
         return {"name": "known", "of": self.family.spec, "masks": self._which, "share": self.share}
 
-    @property
-    def ranges(self) -> dict[str, list[Range]]:
-        """As `Family`."""
-        return self.family.ranges
 
-
-class Mixed(Family):
+class Mixed(Derived):
     """The same, but a `share` of the images follows another family, one schedule of standard diffusion for instance.
 
     Arguments:
@@ -292,11 +303,10 @@ class Mixed(Family):
     """
 
     def __init__(self, family: Family, other: Family, share: float) -> None:
-        super().__init__()
+        super().__init__(family, share)
         if family.shape != other.shape:
             raise ValueError(f"the two families must have one shape; got {family.shape} and {other.shape}")
-        self.family, self.other, self.share = family, other, _share(share)
-        self.shape, self.default = family.shape, family.default
+        self.other = other
 
     def forward(self, n: int, generator: torch.Generator) -> Schedule:
         """As `Family`."""
@@ -309,23 +319,10 @@ class Mixed(Family):
 
         return Schedule(gamma, self.shape, batch=(n,))
 
-    def schedule(self, **parameters: Any) -> Schedule:
-        """A member of the first family."""
-        return self.family.schedule(**parameters)
-
-    def moving(self, **parameters: Any) -> float:
-        """As the family's."""
-        return self.family.moving(**parameters)
-
     @property
     def spec(self) -> dict[str, Any]:
         """As `Family`."""
         return {"name": "mixed", "of": self.family.spec, "with": self.other.spec, "share": self.share}
-
-    @property
-    def ranges(self) -> dict[str, list[Range]]:
-        """As `Family`."""
-        return self.family.ranges
 
 
 def rebuild(spec: dict[str, Any], basis: Basis, prior: Prior) -> Family:
@@ -406,9 +403,3 @@ def _shuffled(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
     """Stratified numbers that know nothing of the images' times and of each other."""
     u = stratified_times(n, generator)
     return u[torch.randperm(n, generator=generator, device=generator.device)]
-
-
-def _share(share: float) -> float:
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must lie between 0 and 1; got {share}")
-    return share

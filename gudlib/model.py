@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from gudlib import denoiser, designs, devices, families, likelihood, samplers
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser
-from gudlib.families import Family, Known, Range, Sequential, SoftConditioning
+from gudlib.families import Derived, Family, Known, Range, Sequential
 from gudlib.process import Process
 from gudlib.schedules import PerImage
 from gudlib.training import Record, Trainer, TrainingConfig
@@ -109,13 +109,11 @@ class GUD:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             built = denoiser.build(fitted.basis, fitted.prior, **groups, **options)
-        # Schedules of the prior as the file will have it, in float32
-        if isinstance(family, Sequential):
-            family = Sequential(built.basis, built.prior, family.blocks, family.b, family.gamma_max_target)
-        else:
-            family = SoftConditioning(built.prior, (low, high), fitted.gamma_max_target)
-        for masks in ("columns", "rectangles") if blocks == "columns" else ("rectangles",):
-            family = Known(family, masks, known) if known else family
+        family = families.rebuild(
+            family.spec, built.basis, built.prior
+        )  # of the prior as the file will have it, float32
+        if known:
+            family = Known(Known(family, "columns", known) if _columns(family) else family, "rectangles", known)
         card = {"images": len(images), "of_waves": fitted.of_waves, "seed": seed}
         model = cls(built, family, card=card, images=images).to(devices.default())
         if verbose:
@@ -283,7 +281,7 @@ class GUD:
             ValueError: if the model is not one of columns in pixels, or the numbers don't fit it.
         """
         self._knows("extend")
-        if self._sequential("extend").blocks != ["columns"]:
+        if not _columns(self._family()):
             raise ValueError("extend is for models of columns: GUD.fit(images, basis='pixel', blocks='columns')")
         width = self.denoiser.basis.shape[2]
         moving = width / 4 if moving is None else moving
@@ -404,14 +402,6 @@ class GUD:
             raise ValueError("this file does not tell its schedules: set model.family, to one of gudlib.families")
         return self.family
 
-    def _sequential(self, what: str) -> Sequential:
-        family = self._family()
-        while isinstance(family, Known):
-            family = family.family
-        if not isinstance(family, Sequential):
-            raise ValueError(f"{what} is for models of columns: GUD.fit(images, basis='pixel', blocks='columns')")
-        return family
-
     def _knows(self, what: str) -> None:
         if self.denoiser.basis.name != "pixel" or not isinstance(self._family(), Known):
             raise ValueError(
@@ -425,6 +415,13 @@ class GUD:
         if not fits or tuple(images.shape[1:-1]) != wanted[:2] or (images.shape[-1] != wanted[2] and not any_width):
             raise ValueError(f"images must be uint8 of shape (n, {', '.join(map(str, wanted))}); got {_what(images)}")
         return images.to(self.device)
+
+
+def _columns(family: Family) -> bool:
+    """Single columns one after another, as strips that grow need them."""
+    while isinstance(family, Derived):
+        family = family.family
+    return isinstance(family, Sequential) and family.blocks == ["columns"]
 
 
 def _checked(images: Any, basis: str, network: str, a: Any, blocks: Any, b: Any) -> tuple[int, int, int]:

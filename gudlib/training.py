@@ -266,11 +266,8 @@ class Loop(ABC):
         return loss.detach(), by_group, lr
 
     def _header(self) -> dict[str, Any]:
-        return {
-            "config": asdict(self.config),
-            "images": list(self.images.shape),
-            "digest": self._digest,
-        } | self._described
+        images = {"images": list(self.images.shape), "digest": self._digest}
+        return {"config": asdict(self.config), **images, **self._described}
 
 
 class Trainer(Loop):

@@ -77,6 +77,7 @@ EXEMPT = {
     "data.load": "reads a file's pictures, on the CPU",
     "data.load_folder": "reads pictures, on the CPU",
     "families.Family": "abstract, without a method of its own; each kind has probes",
+    "families.Derived": "what Known and Mixed, which have probes, have in common",
     "lattice.MarkovChains": FIELDS,
     "metrics.Inception": "its weights are not in the repository; `metrics.embed` moves images to any extractor",
     "samplers.Samples": FIELDS,
