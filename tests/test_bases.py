@@ -424,3 +424,17 @@ def test_a_matrix_that_is_not_orthonormal_is_refused():
 def test_images_of_another_shape_than_the_one_asked_for_are_refused():
     with pytest.raises(ValueError, match=r"images must have the basis's shape, \(1, 4, 4\); got \(1, 4, 6\)"):
         bases.make("pca", (1, 4, 4), randn(5, 1, 4, 6))
+
+
+def test_components_of_waves_are_the_principal_colours_at_every_wavenumber(generator):
+    mix = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    waves = torch.randn(40, 3, 4, 5, generator=generator, dtype=torch.float64)
+    images = bases.DCT((3, 4, 5)).inverse(torch.einsum("ij,bjhw->bihw", mix, waves)) + 2
+    basis = bases.PCA.of_waves(images)
+    chi = bases.DCT((3, 4, 5))(images).flatten(2)
+    expected = torch.cat([torch.linalg.eigvalsh(chi[..., k].T.cov()) for k in range(20)]).sort(descending=True).values
+    torch.testing.assert_close(basis.eigenvalues[0], expected)
+    torch.testing.assert_close(basis(images).flatten(1).var(0), expected)  # along its axes
+    rows = basis.matrix[0]
+    torch.testing.assert_close(rows @ rows.T, torch.eye(60, dtype=torch.float64))
+    assert bool((rows.gather(1, rows.abs().argmax(1, keepdim=True)) > 0).all())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gudlib import designs, likelihood, metrics, networks, schedules
+from gudlib import bases, designs, likelihood, metrics, networks, schedules
 from gudlib.data import dequantise
 from gudlib.process import Process
 
@@ -388,3 +388,25 @@ def test_process_is_made_of_the_fitted_basis_prior_and_schedule():
     process = fitted.process(0.7)
     assert isinstance(process, Process) and process.basis is fitted.basis and process.prior is fitted.prior
     assert torch.equal(process.schedule.gamma(ONE), fitted.schedule(0.7).gamma(ONE))
+
+
+@pytest.mark.parametrize("n", [12, 400])
+def test_principal_components_are_those_under_which_unseen_images_are_likelier(n, generator):
+    """Normal log-likelihoods of the first fifth, by torch, of normals fitted to the rest: covariance or waves."""
+    shape, noise = (1, 4, 4), 0.01
+    mix = torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    data = (torch.randn(n, 16, generator=generator, dtype=torch.float64) @ mix + 1).view(-1, *shape)
+    unseen, seen = data[: max(n // 5, 2)], data[max(n // 5, 2) :]
+    waves, mean = bases.PCA.of_waves(seen), seen.flatten(1).mean(0)
+    covariances = [seen.flatten(1).T.cov(), waves.matrix[0].T @ waves.eigenvalues[0].diag() @ waves.matrix[0]]
+    own, of_waves = (
+        torch.distributions.MultivariateNormal(mean, c + noise * torch.eye(16, dtype=torch.float64))
+        .log_prob(unseen.flatten(1))
+        .mean()
+        for c in covariances
+    )
+    basis, few = designs.principal(data, noise)
+    assert few == bool(of_waves > own) == (n == 12)
+    whole = bases.PCA.of_waves(data) if few else bases.PCA.fit(data)
+    torch.testing.assert_close(basis.eigenvalues, whole.eigenvalues + noise)
+    torch.testing.assert_close(basis.matrix, whole.matrix)
