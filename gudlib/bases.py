@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from gudlib import statistics
+
 Images = Float[Tensor, "b c h w"]
 Shape = tuple[int, int, int]
 
@@ -164,24 +166,21 @@ class PCA(Basis):
         self.register_buffer("eigenvalues", eigenvalues)
 
     @classmethod
-    def fit(cls, images: Images, per_channel: bool = False) -> "PCA":
+    def fit(cls, images: statistics.Images, per_channel: bool = False, symmetries: str = "none") -> "PCA":
         """Principal axes of `images`, by eigendecomposition of their covariance in float64.
 
         Each axis's sign is fixed by making its largest entry positive, so that a fit is reproducible.
 
         Arguments:
-            images: at least two images (b, c, h, w).
+            images: at least two images (b, c, h, w); uint8 grey levels count as dequantised, exactly
+                (`statistics.covariance`).
             per_channel: fit each channel for itself instead of mixing colours.
+            symmetries: `none`, `mirror` or `all`, fit all mirror images too (`statistics.mirrored`).
 
         Raises:
-            ValueError: if there are fewer than two images.
+            ValueError: if there are fewer than two images, symmetries are unknown, or `all` of images not square.
         """
-        if images.ndim != 4 or images.shape[0] < 2:
-            raise ValueError(f"images must be at least two, (batch, channel, height, width); got {tuple(images.shape)}")
-        b, c, h, w = images.shape
-        x = images.double().reshape((b, c, h * w) if per_channel else (b, 1, c * h * w)).transpose(0, 1)
-        x = x - x.mean(dim=1, keepdim=True)
-        return cls.of(x.mT @ x / (b - 1), (c, h, w))
+        return cls.of(statistics.covariance(images, symmetries, per_channel)[1], _shape_of(images))
 
     @classmethod
     def of(cls, covariance: Float[Tensor, "g n n"], shape: Shape) -> "PCA":
@@ -190,17 +189,19 @@ class PCA(Basis):
         return cls(_signed(vectors.mT.flip(1)).contiguous(), shape, values.flip(1).clamp(min=0))
 
     @classmethod
-    def of_waves(cls, images: Images) -> "PCA":
-        """Principal axes of a covariance that tells apart wavenumbers of the cosine transform and, at each, colours.
+    def of_waves(cls, covariance: Float[Tensor, "1 n n"], shape: Shape) -> "PCA":
+        """Principal axes of what of a covariance tells apart wavenumbers of the cosine transform and, at each, colours.
 
         It has (c + 1) / 2 numbers for each component, which few images settle, and is as blind to where in the picture
         something is as to which waves come together.
         """
-        shape = (images.shape[1], images.shape[2], images.shape[3])
-        cosines, x = DCT(shape), images.double()
-        waves = cosines(x - x.mean(0)).flatten(2)
-        values, vectors = torch.linalg.eigh(torch.einsum("bik,bjk->kij", waves, waves) / (len(x) - 1))
-        axes = torch.einsum("kie,kl->keil", vectors, torch.eye(len(vectors), dtype=x.dtype, device=x.device))
+        c, h, w = shape
+        cosines, half = DCT(shape), covariance.reshape(-1, c, h, w)
+        for _ in range(2):  # U C, then U C U^T; C is symmetric
+            half = cosines(half).flatten(1).T.reshape(-1, c, h, w)
+        colours = half.reshape(c, h * w, c, h * w).diagonal(dim1=1, dim2=3).permute(2, 0, 1)  # (wave, c, c)
+        values, vectors = torch.linalg.eigh(colours)
+        axes = torch.einsum("kie,kl->keil", vectors, torch.eye(h * w).to(vectors))
         rows, order = cosines.inverse(axes.reshape(-1, *shape)).flatten(1), values.flatten().argsort(descending=True)
         return cls(_signed(rows[order][None]), shape, values.flatten()[order][None].clamp(min=0))
 
@@ -219,6 +220,10 @@ class PCA(Basis):
             "eigenvalue": self.eigenvalues.double().cpu().reshape(self.shape),
         }
         return labels | ({"channel": self._grid()[0]} if g == self.shape[0] else {})
+
+
+def _shape_of(images: Tensor) -> Shape:
+    return images.shape[1], images.shape[2], images.shape[3]
 
 
 def _signed(rows: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
@@ -241,6 +246,16 @@ class Fourier(Basis):
     """
 
     name = "fourier"
+
+    def stationary(self, variance: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+        """Variances with which independent components are stationary noise: the power Var F_k, shared by k and -k.
+
+        It is the mean of the variances of the two, which themselves differ by 4 Cov(Re F_k, Im F_k): by where in the
+        picture things are. With it the covariance of two pixels depends only on the way from one to the other, around
+        periodic borders.
+        """
+        opposite = torch.roll(variance.flip(1, 2), (1, 1), (1, 2))  # of -k
+        return (variance + opposite) / 2
 
     def _analyse(self, images: Images) -> Images:
         spectrum = torch.fft.fft2(images, norm="ortho")
@@ -405,14 +420,93 @@ def _merge(x: Tensor, rotation: Tensor, dim: int) -> Tensor:
     return torch.cat([pairs, rest], dim=-1).movedim(-1, dim)
 
 
-def make(name: str, shape: Shape, images: Images | None = None, **options: Any) -> Basis:
+class Blocks(Basis):
+    """One orthonormal matrix inside each block: every column of an image, or every patch, by itself.
+
+    With the same noise for all of a block's components the process is that of pixels, whatever the matrix; what changes
+    is which correlations a reference with independent components knows.
+
+    Arguments:
+        matrix: orthonormal rows, (m, m), m = c h for columns, c size^2 for patches.
+        shape: the image shape (channel, height, width).
+        size: of square patches; 0: columns.
+
+    Labels: `row`, `column` of the place. Component `k` of column x lies at place (k // h, k mod h, x), the rest of a
+    patch where its pixels lie, in the order channel, row, column.
+
+    Raises:
+        ValueError: if the patches don't tile the image, or the matrix is of another size or not orthonormal.
+    """
+
+    name = "blocks"
+
+    def __init__(self, matrix: Float[Tensor, "m m"], shape: Shape, size: int = 0) -> None:
+        super().__init__(shape)
+        c, h, w = self.shape
+        if size < 0 or (size and (h % size or w % size)):
+            raise ValueError(f"size must be that of patches which tile {h} x {w}, or 0 for columns; got {size}")
+        m = c * size**2 if size else c * h
+        if tuple(matrix.shape) != (m, m):
+            raise ValueError(f"matrix must have shape ({m}, {m}) for such blocks; got {tuple(matrix.shape)}")
+        off = float((matrix @ matrix.mT - torch.eye(m).to(matrix)).abs().max())
+        if not off < 1e-3:
+            raise ValueError(f"matrix must have orthonormal rows; matrix @ matrix.T is off the identity by {off:.2g}")
+        self.size = size
+        self.matrix: Tensor
+        self.register_buffer("matrix", matrix)
+
+    @classmethod
+    def pca(cls, images: Images, size: int = 0) -> "Blocks":
+        """Principal components of the blocks of `images` (b, c, h, w), the same for all blocks."""
+        shape = (images.shape[1], images.shape[2], images.shape[3])
+        m = shape[0] * size**2 if size else shape[0] * shape[1]
+        plain = cls(torch.eye(m, dtype=torch.float64, device=images.device), shape, size)
+        vectors = torch.linalg.eigh(torch.cov(plain.split(images.double()).flatten(0, 1).T))[1]
+        return cls(_signed(vectors.mT.flip(0)[None])[0].contiguous(), shape, size)
+
+    @classmethod
+    def waves(cls, shape: Shape) -> "Blocks":
+        """Cosine waves along every column, colour by colour: for columns whose statistics don't depend on height."""
+        return cls(torch.block_diag(*[_cosines(shape[1])] * shape[0]), shape)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Name and size; the matrix is a tensor of its own."""
+        return {"name": self.name, "size": self.size}
+
+    def split(self, x: Images) -> Float[Tensor, "b n m"]:
+        """The n blocks of an image, or of components, each of m numbers."""
+        if self.size:
+            return nn.functional.pixel_unshuffle(x, self.size).flatten(2).mT
+        return x.permute(0, 3, 1, 2).flatten(2)
+
+    def join(self, blocks: Float[Tensor, "b n m"]) -> Images:
+        """The inverse of `split`."""
+        c, h, w = self.shape
+        if self.size:
+            places = blocks.mT.unflatten(2, (h // self.size, w // self.size))
+            return nn.functional.pixel_shuffle(places, self.size)
+        return blocks.unflatten(2, (c, h)).permute(0, 2, 3, 1)
+
+    def _analyse(self, images: Images) -> Images:
+        return self.join(self.split(images) @ self.matrix.to(images).mT)
+
+    def _synthesise(self, components: Images) -> Images:
+        return self.join(self.split(components) @ self.matrix.to(components))
+
+    def _label(self) -> dict[str, Tensor]:
+        _, row, column = self._grid()
+        return {"row": row, "column": column}
+
+
+def make(name: str, shape: Shape, images: statistics.Images | None = None, **options: Any) -> Basis:
     """A basis by name: `pixel`, `pca`, `fourier`, `dct` or `haar`.
 
     Arguments:
         name: one of the names above.
         shape: the image shape (channel, height, width).
-        images: what `pca` is fitted to (b, c, h, w); the others make no use of it.
-        options: passed on (`levels` for `haar`, `per_channel` for `pca`).
+        images: what `pca` is fitted to (b, c, h, w), as in `PCA.fit`; the others make no use of it.
+        options: passed on (`levels` for `haar`, `per_channel` and `symmetries` for `pca`).
 
     Raises:
         ValueError: for an unknown name, or for `pca` without images or with images of another shape.

@@ -19,7 +19,7 @@ import os
 import urllib.error
 import urllib.request
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,6 +102,25 @@ def load(name: str, split: str) -> ImageSet:
         count = source.train if split == "train" else source.test
         _expect(len(images) == count, f"{place}", f"{len(images)} images", f"{count}")
     return ImageSet(name, split, origin, images, labels, names)
+
+
+def crops(name: str, stride: int) -> UInt8[Tensor, "n c h w"]:
+    """Training images of a set that `load` cuts from larger rows, cut anew, `stride` pixels apart both ways.
+
+    Raises:
+        ValueError: if the set is unknown or not cut, or for a stride below 1; as `load`.
+
+    >>> crops("histology", 7).shape == load("histology", "train").images.shape
+    True
+    """
+    place, source = locate(name, "train"), KNOWN.get(name)
+    if source is None or source.strides is None:
+        cut = [n for n, s in KNOWN.items() if s.strides]
+        raise ValueError(f"name must be a set whose images are cut from larger ones, {', '.join(cut)}; got {name!r}")
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1; got {stride}")
+    dataset = _read(place) if isinstance(place, Path) else _download(name, "train", place)
+    return _images(dataset, f"{place}", replace(source, strides=(stride, stride)), "train")
 
 
 def load_folder(

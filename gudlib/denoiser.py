@@ -1,13 +1,17 @@
-r"""A network around the exact Gaussian answer: it learns only what is not Gaussian.
+r"""A network around a reference distribution: it learns only what the reference leaves.
 
-If the data were independent Gaussian components of variance c, the best prediction of the noise and its error would be
+A reference (`gudlib.references`) has a known posterior, of mean m and standard deviation s in each component. The
+network's answer F, an image, enters as
 
-    eps_G = sigma chi_t / v,     Var(eps | chi_t) = alpha^2 c / v,     v = alpha^2 c + sigma^2.
+    eps_hat = eps_ref + (alpha / sigma) s V F,      eps_ref = (chi_t - alpha m) / sigma,
 
-So the network's answer F, an image, enters as `eps_hat = eps_G + alpha sqrt(c / v) U F`: its target has unit variance
-in every component at every noise level, its input chi_t / sqrt(v) too, and F = 0 is already the best denoiser that is
-linear in each component (in the PCA basis: the best linear denoiser). For one scale and one gamma this is the
-preconditioning of EDM.
+with V the basis in which the reference's posterior is written: m - s V F is its estimate of the clean data, so its
+target has unit variance in every component at every noise level, and F = 0 is the best denoiser for data that follow
+the reference. For independent normals of variance c,
+
+    eps_hat = eps_G + alpha sqrt(c / v) U F,     eps_G = sigma chi_t / v,     v = alpha^2 c + sigma^2,
+
+which for one scale and one gamma is the preconditioning of EDM.
 
 References:
     Elucidating the Design Space of Diffusion-Based Generative Models, T. Karras et al., 2022,
@@ -22,45 +26,59 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gudlib import bases, networks
-from gudlib.exact import gaussian_eps
+from gudlib import bases, networks, references
 from gudlib.files import read_tensors, write_tensors
 from gudlib.priors import Moments, Prior
 from gudlib.process import Batch, Gamma
+from gudlib.references import IndependentGaussian, Reference
 
 
 class Denoiser(nn.Module):
-    """A model `(white_t, gamma) -> eps_hat` made of a network, the basis and the prior.
+    """A model `(white_t, gamma) -> eps_hat` made of a network and a reference, which has the basis and the prior.
 
-    The network gets two images: `chi_t / sqrt(v)` in `white_data`, and the Gaussian's guess of the clean data, without
-    the mean, in data units. It runs in float32 (or under autocast); everything else keeps the dtype of `white_t`.
+    The network gets two images: the reference's residual of `white_t` (chi_t / sqrt(v) for independent components), and
+    its guess of the clean data, without the mean, in data units; if `noised` a third, the noised image in data units.
+    It runs in float32 (or under autocast); everything else keeps the dtype of `white_t`.
 
     A denoiser belongs to its basis and prior: sample it along processes made of `denoiser.basis` and `denoiser.prior`.
 
     Arguments:
-        network: as in `gudlib.networks`, with 2 c input channels.
-        basis: U.
-        prior: S, and the variance c of the white data.
-
-    Raises:
-        ValueError: if basis and prior differ in shape.
+        network: as in `gudlib.networks`, with 2 c input channels, 3 c if `noised`.
+        reference: with basis U and prior m, S.
+        noised: whether the network sees the noised image; default whether it has `fourier` features of it.
     """
 
-    def __init__(self, network: nn.Module, basis: bases.Basis, prior: Prior) -> None:
+    def __init__(self, network: nn.Module, reference: Reference, noised: bool | None = None) -> None:
         super().__init__()
-        if basis.shape != tuple(prior.mean.shape):
-            raise ValueError(f"basis and prior must have one shape; got {basis.shape} and {tuple(prior.mean.shape)}")
-        self.network, self.basis, self.prior = network, basis, prior
+        self.network, self.reference = network, reference
+        self.noised = bool(getattr(network, "fourier", False)) if noised is None else noised
+
+    @property
+    def basis(self) -> bases.Basis:
+        """U."""
+        return self.reference.basis
+
+    @property
+    def prior(self) -> Prior:
+        """m and S, and the variance c of the white data."""
+        return self.reference.prior
 
     def forward(self, white_t: Batch, gamma: Gamma) -> Batch:
         """The predicted noise, same shape and dtype as `white_t`; gamma broadcasts to it."""
-        c = self.prior.white_variance.to(white_t)
-        noise, signal = torch.sigmoid(gamma), torch.sigmoid(-gamma)
-        v = signal * c + noise
-        guess = self.prior.scale.to(white_t) * (signal.sqrt() * c / v) * white_t
-        images = torch.cat([self.basis.inverse(x.float()) for x in (white_t / v.sqrt(), guess)], dim=1)
+        basis, prior, into = self.basis, self.prior, self.reference.components
+        mean, deviation, residual, eps = self.reference.posterior(white_t, gamma)
+        images = [residual, prior.scale.to(mean) * mean]
+        if into is basis:  # one transform for all of them
+            images = torch.cat([*images, prior.unwhiten(white_t)] if self.noised else images)
+            images = basis.inverse(images.float()).unflatten(0, (-1, len(white_t))).transpose(0, 1).flatten(1, 2)
+        else:
+            images = [into.inverse(x.float()) for x in images]
+            noised = [basis.inverse(prior.unwhiten(white_t).float())] if self.noised else []
+            images = torch.cat(images + noised, dim=1)
         answer = self.network(images, gamma.expand_as(white_t).float()).float()
-        return gaussian_eps(white_t, gamma, c) + (signal * c / v).sqrt() * self.basis(answer).to(white_t)
+        correction = self.reference.white(deviation * into(answer).to(white_t))
+        signal, noise = torch.sigmoid(-gamma), torch.sigmoid(gamma)
+        return eps + (signal / noise).sqrt() * correction
 
 
 def build(
@@ -68,6 +86,7 @@ def build(
     prior: Prior,
     groups: int = 16,
     label: str | Float[Tensor, "c h w"] | None = None,
+    reference: Reference | None = None,
     **network: Any,
 ) -> Denoiser:
     """A denoiser with a fresh U-Net for a basis and a prior, which it copies as float32, on the prior's device.
@@ -76,11 +95,19 @@ def build(
         basis, prior: the components.
         groups: into how many groups of noise levels the network's conditioning divides the components.
         label: along which they are grouped, by name or itself (c, h, w); default the prior's order (variance).
+        reference: around which the network is put, of this basis and prior; default independent normals.
         network: options of `networks.UNet`.
     """
+    reference = IndependentGaussian(basis, prior) if reference is None else reference
     along = prior.order.cpu() if label is None else basis.label(label) if isinstance(label, str) else label
-    unet = networks.UNet(basis.shape, bases.groups_by(along, groups), inputs=2 * basis.shape[0], **network)
-    return Denoiser(unet, copy.deepcopy(basis).float(), copy.deepcopy(prior).float()).to(prior.mean.device)
+    unet = _unet(basis, bases.groups_by(along, groups), network)
+    return Denoiser(unet, copy.deepcopy(reference).float()).to(prior.mean.device)
+
+
+def _unet(basis: bases.Basis, groups: Tensor, options: dict[str, Any]) -> networks.UNet:
+    inverse = copy.deepcopy(basis).cpu().inverse if options.get("conditioning") == "local" else None
+    options = {"shape": basis.shape, "inputs": (2 + options.get("fourier", False)) * basis.shape[0]} | options
+    return networks.UNet(groups=groups, inverse=inverse, **options)
 
 
 def save(
@@ -91,12 +118,12 @@ def save(
     Arguments:
         denoiser: with a network of `gudlib.networks`.
         path: the file; it is either complete or not there.
-        half: store the network's weights as float16 (basis and prior stay float32).
+        half: store the network's weights, and histograms, as float16 (basis and prior stay float32).
         card: anything worth knowing about how it was trained; JSON values.
         header: more of what it takes to use the denoiser, JSON values: `family`, `recommended`.
     """
-    tensors = {k: v.half() if half and k.startswith("network.") and v.is_floating_point() else v
-               for k, v in denoiser.state_dict().items()}  # fmt: skip
+    tensors = {k: v.half() if half and k.startswith(("network.", "table.weight")) and v.is_floating_point() else v
+               for k, v in _named(denoiser).items()}  # fmt: skip
     write_tensors(path, tensors, describe(denoiser) | {"card": card or {}} | header)
 
 
@@ -118,10 +145,12 @@ def rebuild(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in header["network"].items()}
     if options.pop("kind") != "unet":
         raise ValueError(f"{path} holds a network of kind {header['network']['kind']!r}; use gudlib.mar.load")
-    network = networks.UNet(groups=tensors["network.levels.groups"], **options)
-    denoiser = Denoiser(network, *basis_and_prior(tensors, header))
-    denoiser.load_state_dict(tensors)
-    return denoiser.eval()
+    basis, prior = basis_and_prior(tensors, header)
+    tables = {k.removeprefix("table."): v for k, v in tensors.items() if k.startswith("table.")}
+    reference = references.rebuild(header.get("reference", IndependentGaussian.name), basis, prior, tables)
+    network = _unet(basis, tensors["network.levels.groups"], options)
+    network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
+    return Denoiser(network, reference).eval()
 
 
 def basis_and_prior(tensors: dict[str, Tensor], header: dict[str, Any]) -> tuple[bases.Basis, Prior]:
@@ -129,6 +158,8 @@ def basis_and_prior(tensors: dict[str, Tensor], header: dict[str, Any]) -> tuple
     shape = tuple(header["shape"])
     if header["basis"]["name"] == "pca":
         basis: bases.Basis = bases.PCA(tensors["basis.matrix"], shape, tensors["basis.eigenvalues"])
+    elif header["basis"]["name"] == "blocks":
+        basis = bases.Blocks(tensors["basis.matrix"], shape, header["basis"]["size"])
     else:
         basis = bases.make(**header["basis"], shape=shape)
     return basis.float(), Prior(
@@ -164,4 +195,14 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
         "basis": denoiser.basis.spec,
         "floor": denoiser.prior.floor,
         "network": denoiser.network.config,
+        "reference": denoiser.reference.name,
     }
+
+
+def _named(denoiser: Denoiser) -> dict[str, Tensor]:
+    """Tensors as files name them: `network`, `basis`, `prior` and, of the reference, `table`."""
+    named = {}
+    for key, value in denoiser.state_dict().items():
+        own = key.removeprefix("reference.")
+        named[key if own == key else own if own.startswith(("basis.", "prior.")) else f"table.{own}"] = value
+    return named

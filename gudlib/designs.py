@@ -23,14 +23,16 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from gudlib import bases, likelihood, metrics, priors, samplers
+from gudlib import bases, likelihood, metrics, priors, references, samplers, statistics
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser, build
 from gudlib.families import FINEST, Family, Range, Sequential, SoftConditioning
-from gudlib.process import Batch, Model, Process
-from gudlib.schedules import Order, PerImage, Schedule, sequential
+from gudlib.process import Model, Process
+from gudlib.references import IndependentGaussian
+from gudlib.schedules import Order, PerImage, Schedule, sequential, shape_of
 
 GONE = 5.0  # -log SNR at t = 1
+ONE_VARIANCE = ("plain", "waves")
 NOISE_LEVEL_INPUTS = {
     "time": ("film", 1), "pooled": ("film", 1), "grouped": ("film", 16), "attention": ("attention", 16),
     "map": ("map", 1),
@@ -43,20 +45,22 @@ class Design:
 
     Attributes:
         basis: `pixel`, `pca`, `fourier`, `dct` or `haar`; `plain` is the usual diffusion model: pixels of one mean, one
-            variance and one noise level.
+            variance and one noise level; `waves` are its columns in cosine waves (`bases.Blocks.waves`).
         r: exponent of the prior, 0 isotropic to 1 whitened.
         a: lowest and highest inverse softness in training.
         conditioning: what the network is told: `time` (t alone), `pooled` (the mean of gamma), `grouped` (the means of
             16 groups), `attention` (the same as tokens to attend to) or `map` (gamma itself as an image).
+        reference: what the network is put around, a name of `references.KINDS`.
     """
 
     basis: str = "pca"
     r: float = 1.0
     a: tuple[float, float] = (1.0, 1.0)
     conditioning: str = "grouped"
+    reference: str = IndependentGaussian.name
 
     def __post_init__(self) -> None:
-        known = ("plain", "pixel", "pca", "fourier", "dct", "haar")
+        known = ("plain", "pixel", "pca", "fourier", "dct", "haar", "waves")
         if self.basis not in known:
             raise ValueError(f"basis must be one of {known}; got {self.basis!r}")
         if self.conditioning not in NOISE_LEVEL_INPUTS:
@@ -70,48 +74,59 @@ class FittedDesign:
 
     Arguments:
         design: what to build.
-        images: the training data.
-        seed: of their dequantisation.
-        few: images may be few: dequantisation is taken into account in closed form, `pca` is what `principal` says.
+        images: the training data, at least two; dequantised, which is taken into account in closed form.
+        seed: of the order in which `few` images are told apart into seen and unseen ones.
+        few: images may be few: `pca` is what `principal` says.
 
     Attributes:
-        basis, prior: fitted.
+        basis, prior, reference: fitted.
         of_waves: `pca` is that of waves (`bases.PCA.of_waves`), the images being too few for their own.
         gamma_max_target: -log SNR_i at which the first component ends, the same for all `a` of the design.
     """
 
     def __init__(self, design: Design, images: UInt8[Tensor, "n c h w"], seed: int = 0, few: bool = False) -> None:
         self.design, shape = design, (images.shape[1], images.shape[2], images.shape[3])
-        generator = torch.Generator(images.device).manual_seed(seed)
-        uniform = likelihood.GREY_LEVEL**2 / 12  # variance of the noise within a grey level
-        if few:
-            data = (images[torch.randperm(len(images), generator=generator, device=images.device)] + 0.5) / 128 - 1
-        else:  # several dequantisations keep the smallest variances from being underestimated
-            rounds = math.ceil(4 * images[0].numel() / len(images))
-            data = torch.cat([dequantise(images, generator) for _ in range(rounds)])
         self.of_waves = False
         if few and design.basis == "pca":
-            self.basis, self.of_waves = principal(data, uniform)
-            mean = self.basis(data.double().mean(0, keepdim=True))[0]
-            variance = self.basis.label("eigenvalue").to(mean.device)
+            generator = torch.Generator(images.device).manual_seed(seed)
+            shuffled = torch.randperm(len(images), generator=generator, device=images.device)
+            self.basis, self.of_waves = principal(images[shuffled])
         else:
-            self.basis = bases.make("pixel" if design.basis == "plain" else design.basis, shape, data)
-            moments = priors.measure(self.basis, data)
-            mean, variance = moments.mean, moments.variance + (uniform if few else 0.0)
-        if design.basis == "plain":
-            mean = torch.full_like(mean, float(data.mean()))
-            variance = torch.full_like(mean, float(data.var()) + (uniform if few else 0.0))
+            self.basis = bases.make("pixel" if design.basis in ONE_VARIANCE else design.basis, shape, images)
+        if isinstance(self.basis, bases.PCA):
+            mean = self.basis(priors.measure(bases.Pixel(shape), images).mean[None])[0]
+            variance = self.basis.eigenvalues.reshape(shape)
+        else:
+            moments = priors.measure(self.basis, images)
+            mean, variance = moments.mean, moments.variance
+        if design.basis in ONE_VARIANCE:
+            variance = torch.full_like(mean, float(variance.mean() + mean.var(correction=0)))
+            mean = torch.full_like(mean, float(mean.mean()))
+        if design.basis == "waves":
+            self.basis = bases.Blocks.waves(shape)
+            mean = self.basis(mean[None])[0]
+        if isinstance(self.basis, bases.Fourier):
+            variance = self.basis.stationary(variance)
         # No component of dequantised data varies less than the uniform noise within a grey level
-        floor = uniform / float(variance.max())
+        floor = statistics.WITHIN_LEVEL / float(variance.max())
         self.prior = priors.interpolated(priors.Moments(mean, variance, floor), design.r)
-        self.gamma_max_target = GONE + max(self._spread(data, a) for a in set(design.a))
+        self.gamma_max_target = GONE + self._spread(images)
         self._soft = SoftConditioning(self.prior, design.a, self.gamma_max_target)
+        self.reference = references.fit(design.reference, self.basis, self.prior, images)
 
-    def family(self, blocks: str | Sequence[str] | None = None, b: Range | Sequence[Range] | None = None) -> Family:
-        """Schedules with the common ends: the design's range of `a` or, with `blocks`, `families.Sequential`."""
+    def family(
+        self,
+        blocks: str | Sequence[str] | None = None,
+        b: Range | Sequence[Range] | None = None,
+        finest: float = FINEST,
+    ) -> Family:
+        """Schedules with the common ends: the design's range of `a` or, with `blocks`, `families.Sequential`.
+
+        finest: standard deviation of the noise at t = 0 of the latter, in units of the data.
+        """
         if blocks is None:
             return self._soft
-        return Sequential(self.basis, self.prior, blocks, b, self.gamma_max_target)
+        return Sequential(self.basis, self.prior, blocks, b, self.gamma_max_target, finest)
 
     def schedule(self, a: PerImage) -> Schedule:
         """Soft-conditioning with the common ends; a tensor holds one `a` for each image of a batch."""
@@ -134,23 +149,39 @@ class FittedDesign:
         kind, count = NOISE_LEVEL_INPUTS[self.design.conditioning]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            built = build(self.basis, self.prior, count, width=width, conditioning=kind, **network)
+            built = build(
+                self.basis, self.prior, count, reference=self.reference, width=width, conditioning=kind, **network
+            )
         if self.design.conditioning == "time":
             built.network = _ToldTime(built.network, copy.deepcopy(self._soft), self.gamma_max_target)
         return built
 
-    def _spread(self, data: Tensor, a: float) -> float:
-        """log of the largest eigenvalue of N^(-1/2) C N^(-1/2) for N_i = Sigma_i e^(a (l_i - l_min))."""
-        order = self.prior.order
-        scale = (-0.5 * order + 0.5 * a * (order - order.min())).exp()
-        white = ((self.basis(data).double() - self.prior.mean) / scale).flatten(1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            largest = torch.svd_lowrank(white.float(), q=6, niter=8)[1][0]
-        return float(2 * largest.log() - math.log(len(white)))
+    def _spread(self, images: UInt8[Tensor, "n c h w"]) -> float:
+        """log of the largest eigenvalue of N^(-1/2) C N^(-1/2) for N_i = Sigma_i e^(a (l_i - l_min)), at the lowest a.
+
+        At others it is smaller, since N_i rises with a. By subspace iteration; C is applied in pixels, as the images'
+        products and the noise within a grey level.
+        """
+        order, shape = self.prior.order.double(), self.basis.shape
+        scale = (0.5 * order - 0.5 * self.design.a[0] * (order - order.min())).exp()  # N^(-1/2)
+        middle = 128 * (self.basis.inverse(self.prior.mean[None].double()) + 1) - 0.5  # the mean, in grey levels
+        generator = torch.Generator(order.device).manual_seed(0)
+        space = torch.randn(6, *shape, generator=generator, dtype=torch.float64, device=order.device)
+        ritz = space
+        for _ in range(10):
+            probe = self.basis.inverse(scale * space).flatten(1)
+            moved = torch.zeros_like(probe)
+            for part in images.split(statistics.CHUNK):
+                x = (part - middle.float()).flatten(1)
+                moved += (x @ probe.float().T).T @ x
+            moved = moved / (128**2 * (len(images) - 1)) + statistics.WITHIN_LEVEL * probe
+            moved = (scale * self.basis(moved.view(-1, *shape))).flatten(1)
+            ritz = space.flatten(1) @ moved.T
+            space = torch.linalg.qr(moved.T).Q.T.reshape(-1, *shape)
+        return round(float(torch.linalg.eigvalsh(ritz).max().log()), 6)  # digits that float32 products leave
 
 
-def principal(data: Batch, noise: float) -> tuple[bases.PCA, bool]:
+def principal(images: statistics.Images, noise: float = 0.0) -> tuple[bases.PCA, bool]:
     """Principal components for images that may be few: those of their covariance or, if it predicts better, of waves.
 
     Both are fitted to four fifths of the images and asked for the normal likelihood of the others. A mixture of the two
@@ -158,25 +189,25 @@ def principal(data: Batch, noise: float) -> tuple[bases.PCA, bool]:
     different from new ones, and the network learns the difference.
 
     Arguments:
-        data: at least four images (n, c, h, w), in random order.
-        noise: variance of white noise to add, above 0.
+        images: at least four (n, c, h, w), in random order; uint8 grey levels count as dequantised, exactly.
+        noise: variance of white noise to add; above 0 for floating-point images, which may be few.
 
     Returns:
         The basis, fitted to all images, with the variances of the noise added; and whether it is that of waves.
     """
-    unseen, seen = data.double().tensor_split([max(len(data) // 5, 2)])
-    unseen = (unseen - seen.mean(0)).flatten(1)[:2000]
-    x = (seen - seen.mean(0)).flatten(1)
-    own = x.T @ x / (len(x) - 1) + noise * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    root, waves = torch.linalg.cholesky(own), bases.PCA.of_waves(seen)
+    unseen, seen = images.tensor_split([max(len(images) // 5, 2)])
+    mean, own = statistics.covariance(seen)
+    waves = bases.PCA.of_waves(own, shape_of(mean))
+    away = (statistics.centres(unseen[:2000]) - mean).flatten(1)
+    root = torch.linalg.cholesky(own[0] + noise * torch.eye(mean.numel(), dtype=own.dtype, device=own.device))
     variance = waves.eigenvalues[0] + noise
     nll = (
-        torch.linalg.solve_triangular(root, unseen.T, upper=False).square().sum(0).mean()
+        torch.linalg.solve_triangular(root, away.T, upper=False).square().sum(0).mean()
         + 2 * root.diagonal().log().sum()
     )
-    nll_of_waves = ((unseen @ waves.matrix[0].T).square() / variance).sum(1).mean() + variance.log().sum()
-    few = bool(nll_of_waves < nll)
-    basis = bases.PCA.of_waves(data) if few else bases.PCA.fit(data)
+    nll_of_waves = ((away @ waves.matrix[0].T).square() / variance).sum(1).mean() + variance.log().sum()
+    few, whole = bool(nll_of_waves < nll), statistics.covariance(images)[1]
+    basis = (bases.PCA.of_waves if few else bases.PCA.of)(whole, shape_of(mean))
     return bases.PCA(basis.matrix, basis.shape, basis.eigenvalues + noise), few
 
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from gudlib.bases import Basis
+from gudlib.bases import Basis, Blocks
 from gudlib.priors import Prior
 from gudlib.schedules import (
     Nest,
@@ -195,7 +195,10 @@ class Sequential(Family):
         self.low: Tensor
         self.high: Tensor
         self.register_buffer("low", 2 * math.log(finest) - 2 * prior.scale.double().log(), persistent=False)
-        self.register_buffer("high", gamma_max_target + prior.log_variance.double(), persistent=False)
+        variance = prior.log_variance.double()
+        if isinstance(basis, Blocks):  # one noise level for all components of a block
+            variance = variance.exp().mean().log().expand_as(variance)
+        self.register_buffer("high", gamma_max_target + variance, persistent=False)
         highest = [high for _, high in self.b]
         self.default = {"b": highest[0] if len(highest) == 1 else highest}
         self.to(prior.mean.device)
@@ -347,6 +350,12 @@ def rebuild(spec: dict[str, Any], basis: Basis, prior: Prior) -> Family:
     raise ValueError(f"a family must be soft_conditioning, sequential, mixed, or known with masks by name; got {spec}")
 
 
+def stopping_at(spec: dict[str, Any], finest: float) -> dict[str, Any]:
+    """The `spec` of the same family with another `finest`, the noise at t = 0 in units of the data."""
+    inner = {key: stopping_at(value, finest) for key, value in spec.items() if isinstance(value, dict)}
+    return spec | inner | ({"finest": finest} if "finest" in spec else {})
+
+
 def known(which: str, shape: Shape) -> Bool[Tensor, "m c h w"]:
     """Masks of what is known in training for filling and growing, the same ones always.
 
@@ -377,8 +386,8 @@ def _order(basis: Basis, block: str) -> Order:
     if name not in BLOCKS or (size and (not size.isdecimal() or name == "levels" or size == "0")):
         raise ValueError(f"blocks must be of {BLOCKS}, with a size in pixels if any, `columns 8`; got {block!r}")
     if name == "patches":
-        if basis.name != "pixel":
-            raise ValueError(f"blocks {block!r} are of pixels; the basis is {basis.name!r}")
+        if basis.name != "pixel" and not (isinstance(basis, Blocks) and basis.size == int(size or 4)):
+            raise ValueError(f"blocks {block!r} are of pixels, or of the basis of such blocks; it is {basis.name!r}")
         return patch_order(basis.shape, int(size or 4))
     order = basis.label(name[:-1])
     return (order / int(size)).floor() if size else order

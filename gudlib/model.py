@@ -15,11 +15,12 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gudlib import denoiser, designs, devices, families, likelihood, samplers
+from gudlib import denoiser, designs, devices, families, likelihood, references, samplers
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser
 from gudlib.families import Derived, Family, Known, Range, Sequential
 from gudlib.process import Process
+from gudlib.references import GroupedGaussian, Histograms, IndependentGaussian, LatticeGaussian
 from gudlib.schedules import PerImage
 from gudlib.training import Record, Trainer, TrainingConfig
 
@@ -27,6 +28,13 @@ Pictures = UInt8[Tensor, "n c h w"]
 NETWORKS = ("unet",)
 LARGEST_PCA = 6144  # numbers in a picture; the time for principal components grows with the third power
 EVALUATIONS = 20  # of the network, for each component while it moves
+FINEST_ON_LATTICE = 0.2 / 127.5  # noise at t = 0 if the reference knows grey levels: a fifth of one
+LEVELS_TOLD: dict[
+    bool, dict[str, Any]
+] = {  # how a network is told noise levels, and what it sees: in pixels, elsewhere
+    True: {"conditioning": "local", "maps": True, "fourier": True, "linear": 16},
+    False: {"conditioning": "film", "fourier": True},
+}
 
 
 class GUD:
@@ -63,14 +71,15 @@ class GUD:
         b: float | Range | Sequence[Range] | None = None,
         r: float | None = None,
         known: float | None = None,
+        reference: str | None = None,
         network: str = "unet",
         seed: int = 0,
         verbose: bool = True,
         **options: Any,
     ) -> "GUD":
-        """Fit basis, prior and schedules to images, and put an untrained network around them.
+        """Fit basis, prior, schedules and a reference distribution to images, and put an untrained network around them.
 
-        Untrained, the model is the best normal distribution with independent components in that basis.
+        Untrained, the model is the reference: its NLL is what the network starts from.
 
         Arguments:
             images: uint8 (n, c, h, w), as `load_folder` gives; at least 4. Kept for `train_steps`.
@@ -82,33 +91,47 @@ class GUD:
             r: exponent of the prior, 0 noise of one variance to 1 of the data's; default 0 in pixels, else 1.
             known: share of training images some of whose pixels are known, so that `inpaint` and `extend` work; default
                 a quarter in pixels, else none.
+            reference: what the network need not learn, a name of `references.KINDS`. Default in pixels the better, on
+                held-out images, of `independent gaussian` and `histograms`, else the first; `lattice gaussian` and
+                `grouped gaussian` are for textures, with blocks="columns", and without known pixels.
             network: `unet`.
             seed: of the network's weights.
             verbose: print what was chosen.
             options: of `networks.UNet`: `width` (default 32, or 24 for fewer than 1,000 images), `patch`,
-                `multipliers`, `conditioning`.
+                `multipliers`, `conditioning`, `fourier`, ...
 
         Raises:
             ValueError: for images that are not such, or a choice that does not exist or does not fit them.
         """
         shape = _checked(images, basis, network, a, blocks, b)
-        known = (0.25 if basis == "pixel" else 0.0) if known is None else known
-        if known and basis != "pixel":
-            raise ValueError(f"known = {known} is for pixels; the basis is {basis!r}")
+        grouped = reference in (GroupedGaussian.name, LatticeGaussian.name)
+        if grouped and (basis, blocks) != ("pixel", "columns"):
+            raise ValueError(f"reference {reference!r} needs basis='pixel' and blocks='columns'")
+        in_pixels = basis == "pixel" and not grouped
+        known = (0.25 if in_pixels else 0.0) if known is None else known
+        if known and not in_pixels:
+            raise ValueError(f"known = {known} is for pixels; the basis is {basis!r}, the reference {reference!r}")
         low, high = (a, a) if isinstance(a, int | float) else a or ((1.0, 1.0) if blocks else (0.4, 1.6))
         b = (b, b) if isinstance(b, int | float) else b
         r = (0.0 if basis == "pixel" else 1.0) if r is None else r
         kind = "plain" if basis == "pixel" and blocks else basis  # of one mean and variance: strips can grow
-        fitted = designs.FittedDesign(designs.Design(kind, r, (low, high)), images.cpu(), few=True)
-        sizes = _sizes(shape) | {"width": 24 if len(images) < 1000 else 32}
-        options = sizes | {"conditioning": "map" if basis == "pixel" else "film"} | options
-        family = fitted.family(blocks, b)
-        groups: dict[str, Any] = {"groups": 1 if options["conditioning"] == "map" else 16}
-        if isinstance(family, Sequential) and options["conditioning"] != "map":
+        plain = IndependentGaussian.name
+        design = designs.Design("waves" if grouped else kind, r, (low, high), reference=reference or plain)
+        fitted = designs.FittedDesign(design, images.cpu(), few=True)
+        if reference is None and basis == "pixel":
+            names = (plain, Histograms.name)
+            shuffled = images.cpu()[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+            chosen = references.best(names, fitted.basis, fitted.prior, shuffled)
+            fitted.reference = references.fit(chosen, fitted.basis, fitted.prior, images.cpu())
+        options = _sizes(shape) | {"width": 24 if len(images) < 1000 else 32} | LEVELS_TOLD[basis == "pixel"] | options
+        finest = families.FINEST if fitted.reference.decoder == "normal" else FINEST_ON_LATTICE
+        family = fitted.family(blocks, b, finest)
+        groups: dict[str, Any] = {"groups": 1 if basis == "pixel" else 16}
+        if isinstance(family, Sequential) and basis != "pixel":
             groups = {"groups": 64, "label": family.nest.group.double()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            built = denoiser.build(fitted.basis, fitted.prior, **groups, **options)
+            built = denoiser.build(fitted.basis, fitted.prior, **groups, reference=fitted.reference, **options)
         family = families.rebuild(
             family.spec, built.basis, built.prior
         )  # of the prior as the file will have it, float32
@@ -177,7 +200,8 @@ class GUD:
             raise ValueError("a model that was loaded has no images: give train_steps(images=...)")
         settings: dict[str, Any] = {"warmup": max(1, min(100, steps // 5)), "save_every": 100, "seed": 0} | config
         family, network = self._family(), copy.deepcopy(self.denoiser.network).requires_grad_(True).train()
-        mine = Denoiser(network, self.denoiser.basis, self.denoiser.prior)
+        mine = Denoiser(network, self.denoiser.reference)
+        settings = {"discrete": self.discrete} | settings
         trainer = Trainer(mine, images, family, TrainingConfig(steps=steps, batch=batch, **settings), checkpoint)
         self.denoiser = trainer.averaged()
         return self._run(trainer, progress)
@@ -301,7 +325,7 @@ class GUD:
         seed: int = 0,
         **options: Any,
     ) -> likelihood.Likelihood:
-        """The variational bound of -log p (ELBO), with its parts and errors, for dequantised images.
+        """The variational bound of -log p (ELBO), with its parts and errors; see `discrete` for the decoder.
 
         Arguments:
             images: uint8 (n, c, h, w).
@@ -310,12 +334,14 @@ class GUD:
             seed: of dequantisation, times and noise.
             options: further ones of `likelihood.bound`.
         """
-        data = dequantise(self._pictures(images), torch.Generator(self.device).manual_seed(seed))
-        options = {"importance": True} | options
+        generator = torch.Generator(self.device).manual_seed(seed)
+        pictures = self._pictures(images)
+        data = scale(pictures) if self.discrete else dequantise(pictures, generator)
+        options = {"importance": True, "decoder": "discrete" if self.discrete else "normal"} | options
         return likelihood.bound(self.denoiser, self.process(a=a, b=b), data, draws, seed, **options)
 
     def nll(self, images: Pictures, a: float | None = None, **options: Any) -> Float[Tensor, " n"]:
-        """Negative log-likelihood of each image in nats, an upper bound, for dequantised images; as `likelihood`."""
+        """Negative log-likelihood of each image in nats, an upper bound; as `likelihood`."""
         return self.likelihood(images, a, **options).nats.mean(0)
 
     def bits_per_dim(self, images: Pictures, a: float | None = None, **options: Any) -> float:
@@ -333,6 +359,42 @@ class GUD:
         """
         schedule = self._family().schedule(**self._member(a, b))
         return Process(self.denoiser.basis, self.denoiser.prior, schedule)
+
+    @property
+    def discrete(self) -> bool:
+        """Whether the data are grey levels themselves, with the `discrete` decoder, and not dequantised ones.
+
+        They are for schedules of blocks, whose noise at t = 0 is white in the pixels.
+        """
+        return isinstance(_innermost(self._family()), Sequential)
+
+    def choose_finest(
+        self, images: Pictures, candidates: Sequence[float] = (0.2, 0.25, 1 / 3, 0.4), draws: int = 2, **member: Any
+    ) -> dict[float, float]:
+        """Choose the noise at t = 0 by the bits of training images, for a model that was trained down to the finest.
+
+        A model that has not learnt the lattice of grey levels loses bits where it stops too finely, and all lose some
+        where they stop too coarsely. What is chosen is part of the model from then on, and kept in its file.
+
+        Arguments:
+            images: uint8 (n, c, h, w), of the training set.
+            candidates: standard deviations in grey levels; none should be below what the model was trained for.
+            draws: as for `likelihood`.
+            member: of the family, by which they are compared; default `recommended`.
+
+        Returns:
+            Bits per dimension of each candidate.
+        """
+        family, bits = self._family(), {}
+        for candidate in candidates:
+            spec = families.stopping_at(family.spec, candidate / 127.5)
+            self.family = families.rebuild(spec, self.denoiser.basis, self.denoiser.prior).to(self.device)
+            bits[candidate] = self.bits_per_dim(images, draws=draws, **member)
+        best = min(bits, key=lambda candidate: bits[candidate])
+        spec = families.stopping_at(family.spec, best / 127.5)
+        self.family = families.rebuild(spec, self.denoiser.basis, self.denoiser.prior).to(self.device)
+        self.card |= {"finest": best}
+        return bits
 
     def to(self, device: str | torch.device) -> "GUD":
         """The same model, moved to a device."""
@@ -357,6 +419,7 @@ class GUD:
         lines = {
             "pictures": f"{c} x {h} x {w}",
             "basis": self.denoiser.basis.name + waves,
+            "reference": self.denoiser.reference.name,
             "prior": f"scales from {self.denoiser.prior.scale.min():.3g} to {self.denoiser.prior.scale.max():.3g}",
             "schedules": f"{spans}; recommended {self.recommended}" if self.family else "not known: set model.family",
             "network": f"{config['kind']}, {options}; {weights:,} weights on {self.device}",
@@ -419,9 +482,12 @@ class GUD:
 
 def _columns(family: Family) -> bool:
     """Single columns one after another, as strips that grow need them."""
-    while isinstance(family, Derived):
-        family = family.family
+    family = _innermost(family)
     return isinstance(family, Sequential) and family.blocks == ["columns"]
+
+
+def _innermost(family: Family) -> Family:
+    return _innermost(family.family) if isinstance(family, Derived) else family
 
 
 def _checked(images: Any, basis: str, network: str, a: Any, blocks: Any, b: Any) -> tuple[int, int, int]:

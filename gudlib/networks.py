@@ -2,15 +2,28 @@
 
 `images` are (batch, inputs, height, width); `gamma` is (batch, channel, height, width), one noise level for each
 component in the layout of its basis. A network is told which components belong together (`groups`, see
-`bases.groups_by`) and sees gamma in one of three ways:
+`bases.groups_by`) and sees gamma in one of four ways:
 
 * `film`: the group means of gamma scale and shift the features of every block;
 * `attention`: each group is a token, and the image attends to the tokens (the paper's way, section 5.1);
-* `map`: gamma is a further input image, which suits bases whose layout is the image's own.
+* `map`: gamma is a further input image, which suits bases whose layout is the image's own;
+* `local`: as `film`, at every place with the noise levels that act there. For a basis U, group G and patch P,
 
-The last layer starts at zero, so an untrained network answers 0.
+      gamma_GP = sum_{i in G} E_iP gamma_i / sum_{i in G} E_iP,     E_iP = mean of U_ip^2 over p in P:
+
+  gamma itself in pixels, a map for each level of wavelets, nearly the group means for principal components.
+
+Beside its blocks, a network may have a path that is linear in what it sees: filters gated by the noise levels, which
+need not travel through nonlinear layers to do what a Wiener filter does.
+
+What is to start at zero does, so an untrained network answers 0.
+
+References:
+    Variational Diffusion Models, D. P. Kingma et al., 2021, https://arxiv.org/abs/2107.00630, appendix C (waves of the
+    noised image)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,34 +31,65 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-CONDITIONINGS = ("film", "attention", "map")
+CONDITIONINGS = ("film", "attention", "map", "local")
+EMBEDDED = ("film", "local")  # those with an embedding of the noise levels in every block
+OCTAVES = range(2, 8)  # of the waves: from one grey level to the next, 1/128 away, 2^7 pi y grows by pi
+
+
+def energies(
+    inverse: Callable[[Tensor], Tensor], shape: tuple[int, int, int], patch: int
+) -> Float[Tensor, "n rows columns"]:
+    """Where components act: E_iP, the energy U_ip^2 of component i, summed over colours, a mean over each patch.
+
+    Arguments:
+        inverse: images U^T chi of components chi, both (batch, c, h, w); linear.
+        shape: (c, h, w), of n = c h w components.
+        patch: side of the patches, which divides h and w.
+    """
+    n = shape[0] * shape[1] * shape[2]
+    units = (functional.one_hot(part, n).float().unflatten(1, shape) for part in torch.arange(n).split(256))
+    return torch.cat([functional.avg_pool2d(inverse(unit).square().sum(1), patch) for unit in units])
 
 
 class GammaGroups(nn.Module):
-    """Noise levels as features of groups of components: (batch, group, 9).
+    """Noise levels as features of groups of components: (batch, group, 9), or so at every place.
 
     Beyond `reach` a component is clean or gone for every practical purpose, and all levels there count as one: so a
     network trained over a range of schedules can be asked about steeper ones.
 
     Arguments:
         groups: consecutive group indices 0 .. g-1, (c, h, w).
+        energy: of each component at each place, (c h w, rows, columns), by which it counts there; where a group has
+            none, its components count equally. By default they do everywhere, and there are no places.
     """
 
     reach = 12.0
 
-    def __init__(self, groups: Int[Tensor, "c h w"]) -> None:
+    def __init__(self, groups: Int[Tensor, "c h w"], energy: Float[Tensor, "n rows columns"] | None = None) -> None:
         super().__init__()
         self.groups: Tensor
         self.pool: Tensor
         self.frequencies: Tensor
+        self.share: Tensor | None
         self.register_buffer("groups", groups)
         member = functional.one_hot(groups.flatten()).float()
         self.register_buffer("pool", member / member.sum(0), persistent=False)
         self.register_buffer("frequencies", 2 * torch.pi / torch.tensor([8.0, 16.0, 32.0, 64.0]), persistent=False)
+        if energy is not None:
+            energy = energy.double() + 1e-3 * energy.double().mean()
+            energy = (energy / torch.einsum("ng,nyx->gyx", member.double(), energy)[groups.flatten()]).float()
+        self.register_buffer("share", energy, persistent=False)
 
-    def forward(self, gamma: Float[Tensor, "b c h w"]) -> Float[Tensor, "b g 9"]:
-        """The mean level of each group, and its sine and cosine at four frequencies."""
-        mean = (gamma.clamp(-self.reach, self.reach).flatten(1) @ self.pool)[..., None]
+    def forward(self, gamma: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *place g 9"]:
+        """The mean level of each group, and its sine and cosine at four frequencies; `place` is (rows, columns)."""
+        gamma = gamma.clamp(-self.reach, self.reach).flatten(1)
+        if self.share is None:
+            mean = gamma @ self.pool
+        else:
+            with torch.autocast(gamma.device.type, enabled=False):
+                mean = (gamma[:, None] * (self.pool.mT > 0)) @ self.share.flatten(1)
+            mean = mean.unflatten(2, self.share.shape[1:]).movedim(1, -1)
+        mean = mean[..., None]
         phase = mean * self.frequencies
         return torch.cat([mean / 10, phase.sin(), phase.cos()], dim=-1)
 
@@ -53,23 +97,24 @@ class GammaGroups(nn.Module):
 class ConvBlock(nn.Module):
     """Two convolutions with a residual path; an embedding, if there is one, scales and shifts in between."""
 
-    def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
+    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = _norm(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.film = nn.Linear(embedding, 2 * outputs) if embedding else None
         self.norm2 = _norm(outputs)
+        self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
-        """`x` (b, inputs, h, w) to (b, outputs, h, w); embedding (b, dim)."""
+        """`x` (b, inputs, h, w) to (b, outputs, h, w); embedding (b, dim, h, w), or (b, dim, 1, 1) for all places."""
         y = self.norm2(self.conv1(functional.silu(self.norm1(x))))
-        if self.film is not None:
-            scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
+        if self.film is not None and embedding is not None:
+            scale, shift = _pointwise(self.film, embedding).chunk(2, dim=1)
             y = y * (1 + scale) + shift
-        return self.skip(x) + self.conv2(functional.silu(y))
+        return self.skip(x) + self.conv2(self.dropout(functional.silu(y)))
 
 
 class Attention(nn.Module):
@@ -119,10 +164,21 @@ class UNet(nn.Module):
         multipliers: channels at each resolution, in units of `width`; each step halves the resolution.
         patch: side of the squares that the stem folds into channels; 1 keeps full resolution, at four times the cost
             (less with half the width and a further multiplier, at equal numbers of parameters).
-        conditioning: `film`, `attention` or `map`.
+        conditioning: `film`, `attention`, `map` or `local`.
+        fourier: also see sin, cos(2^n pi y), n = 2 .. 7, of the last c input channels y, the noised image in data
+            units: a convolution of the plain values tells no grey level from the next.
+        maps: also see gamma, confined to [-15, 15], and alpha^2 as images, where the basis has the image's layout.
+        linear: number of filters for each colour in the linear path; 0 is none. They are 7 x 7, start at zero, and each
+            is gated by the noise levels, at each place if these are local.
+        linear_all: the filters see all inputs, also waves and maps, which are not linear in the data.
+        dropout: probability that a feature is dropped inside a block in training; the masks are drawn by torch's
+            global generator.
+        inverse: images of components, as `Basis.inverse`, on the CPU; what `local` needs to know where they act. It
+            is used at once and not kept.
 
     Raises:
-        ValueError: if height or width cannot be folded and halved that often, or for an unknown conditioning.
+        ValueError: if height or width cannot be folded and halved that often, for an unknown conditioning, for `local`
+            without `inverse`, or for a linear path without an embedding to gate it (`film`, `local`).
     """
 
     def __init__(
@@ -134,6 +190,12 @@ class UNet(nn.Module):
         multipliers: tuple[int, ...] = (1, 2),
         patch: int = 2,
         conditioning: str = "film",
+        fourier: bool = False,
+        maps: bool = False,
+        linear: int = 0,
+        linear_all: bool = False,
+        dropout: float = 0.0,
+        inverse: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         channels, height, w = shape
@@ -145,39 +207,51 @@ class UNet(nn.Module):
             )
         if conditioning not in CONDITIONINGS:
             raise ValueError(f"conditioning must be one of {CONDITIONINGS}; got {conditioning!r}")
+        if conditioning == "local" and inverse is None:
+            raise ValueError("conditioning 'local' needs inverse, the map from components to images; got None")
+        if linear and conditioning not in EMBEDDED:
+            raise ValueError(f"linear = {linear} needs a conditioning of {EMBEDDED}; got {conditioning!r}")
         self.config: dict[str, Any] = {
             "kind": "unet", "shape": list(shape), "inputs": inputs, "width": width,
             "multipliers": list(multipliers), "patch": patch, "conditioning": conditioning,
+            "fourier": fourier, "maps": maps, "linear": linear, "linear_all": linear_all, "dropout": dropout,
         }  # fmt: skip
-        self.patch, self.conditioning = patch, conditioning
-        self.levels = GammaGroups(groups)
-        count, dim = self.levels.pool.shape[1], 4 * width
-        if conditioning == "film":
+        self.patch, self.conditioning, self.channels = patch, conditioning, channels
+        self.fourier, self.maps, self.linear, self.linear_all = fourier, maps, linear, linear_all
+        energy = energies(inverse, shape, patch) if inverse is not None and conditioning == "local" else None
+        self.levels = GammaGroups(groups, energy)
+        count, dim = self.levels.pool.shape[1], (4 if energy is None else 2) * width
+        if conditioning in EMBEDDED:
             self.embed = nn.Sequential(nn.Linear(count * 9, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         elif conditioning == "attention":
             self.embed = nn.Sequential(nn.Linear(9, dim), nn.SiLU(), nn.Linear(dim, dim))
             self.token = nn.Parameter(torch.randn(count, dim) * 0.02)
-        embedding = dim if conditioning == "film" else 0
+        embedding = dim if conditioning in EMBEDDED else 0
         tokens = dim if conditioning == "attention" else None
 
         sizes = [width * m for m in multipliers]
-        inputs += channels if conditioning == "map" else 0
+        given = inputs
+        inputs += channels * ((conditioning == "map") + 2 * maps + 2 * len(OCTAVES) * fourier)
+        self.octaves: Tensor
+        self.register_buffer("octaves", torch.pi * 2.0 ** torch.tensor(OCTAVES), persistent=False)
         self.stem = nn.Conv2d(inputs * patch**2, width, 3, padding=1)
         self.place = nn.Parameter(torch.zeros(width, height // patch, w // patch))
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         stack, now = [width], width
         for i, size in enumerate(sizes):
-            self.down.append(ConvBlock(now, size, embedding))
+            self.down.append(ConvBlock(now, size, embedding, dropout))
             stack.append(size)
             now = size
             if i + 1 < len(sizes):
                 self.down.append(nn.Conv2d(size, size, 3, stride=2, padding=1))
                 stack.append(size)
-        self.middle = nn.ModuleList([ConvBlock(now, now, embedding), Attention(now), ConvBlock(now, now, embedding)])
+        self.middle = nn.ModuleList(
+            [ConvBlock(now, now, embedding, dropout), Attention(now), ConvBlock(now, now, embedding, dropout)]
+        )
         self.cross = nn.ModuleList([Attention(size, tokens) for size in sizes] if tokens else [])
         for i, size in reversed(list(enumerate(sizes))):
-            self.up.append(ConvBlock(now + stack.pop(), size, embedding))
-            self.up.append(ConvBlock(size + stack.pop(), size, embedding))
+            self.up.append(ConvBlock(now + stack.pop(), size, embedding, dropout))
+            self.up.append(ConvBlock(size + stack.pop(), size, embedding, dropout))
             now = size
             if i > 0:
                 self.up.append(nn.Sequential(nn.Identity(), Doubling(size, size, 3)))  # `up.2.1`, as in older files
@@ -185,34 +259,78 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(now, channels * patch**2, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        if linear:
+            self.filters = nn.Conv2d(inputs if linear_all else given, linear * channels, 7, padding=3, bias=False)
+            self.gate = nn.Linear(dim, linear)
+            nn.init.zeros_(self.filters.weight)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 15 % faster on a CPU
 
     def forward(
         self, images: Float[Tensor, "b inputs h w"], gamma: Float[Tensor, "b c h w"]
     ) -> Float[Tensor, "b c h w"]:
         """An image for each input and each noise level."""
-        embedding, tokens = None, None
-        if self.conditioning == "film":
-            embedding = self.embed(self.levels(gamma).flatten(1))
-        elif self.conditioning == "attention":
+        seen, told, tokens = self._seen(images, gamma), self._told(gamma), None
+        if self.conditioning == "attention":
             tokens = self.embed(self.levels(gamma)) + self.token
-        else:
-            images = torch.cat([images, gamma / 10], dim=1)
-        x = functional.pixel_unshuffle(images, self.patch).contiguous(memory_format=torch.channels_last)
+        x = functional.pixel_unshuffle(seen, self.patch).contiguous(memory_format=torch.channels_last)
         x = self.stem(x) + self.place
         skips, resolution = [x], 0
         for layer in self.down:
             if isinstance(layer, ConvBlock):
-                x = layer(x, embedding)
+                x = layer(x, told[resolution])
                 x = self.cross[resolution](x, tokens) if tokens is not None else x
             else:
                 x, resolution = layer(x), resolution + 1
             skips.append(x)
         for layer in self.middle:
-            x = layer(x, embedding) if isinstance(layer, ConvBlock) else layer(x)
+            x = layer(x, told[-1]) if isinstance(layer, ConvBlock) else layer(x)
         for layer in self.up:
-            x = layer(torch.cat([x, skips.pop()], dim=1), embedding) if isinstance(layer, ConvBlock) else layer(x)
-        return functional.pixel_shuffle(self.head(functional.silu(self.norm(x))), self.patch)
+            if isinstance(layer, ConvBlock):
+                x = layer(torch.cat([x, skips.pop()], dim=1), told[resolution])
+            else:
+                x, resolution = layer(x), resolution - 1
+        answer = functional.pixel_shuffle(self.head(functional.silu(self.norm(x))), self.patch)
+        if told[0] is not None and self.linear:
+            answer = answer + self._filtered(seen if self.linear_all else images, told[0])
+        return answer
+
+    def _seen(self, images: Tensor, gamma: Tensor) -> Tensor:
+        """All that the blocks see, at full resolution."""
+        seen = [images]
+        if self.fourier:
+            phase = (images[:, -self.channels :, None] * self.octaves[:, None, None]).flatten(1, 2)
+            seen += [phase.sin(), phase.cos()]
+        if self.conditioning == "map":
+            seen.append(gamma / 10)
+        if self.maps:
+            seen += [gamma.clamp(-15, 15) / 10, torch.sigmoid(-gamma)]
+        return torch.cat(seen, dim=1)
+
+    def _told(self, gamma: Tensor) -> list[Tensor] | list[None]:
+        """The embedding of the noise levels for each resolution, (b, dim, 1, 1) or a map, if there is one."""
+        count = len(self.config["multipliers"])
+        if self.conditioning not in EMBEDDED:
+            return [None] * count
+        embedding = self.embed(self.levels(gamma).flatten(-2))
+        if self.conditioning == "film":
+            return [embedding[:, :, None, None]] * count
+        told = [embedding.movedim(-1, 1)]
+        while len(told) < count:
+            told.append(functional.avg_pool2d(told[-1], 2))
+        return told
+
+    def _filtered(self, seen: Tensor, embedding: Tensor) -> Tensor:
+        """What the filters make of the image, weighted by their gates at each place."""
+        gate = _pointwise(self.gate, embedding)
+        for axis in (2, 3):
+            gate = gate.repeat_interleave(seen.shape[axis] // gate.shape[axis], axis)
+        maps = self.filters(seen.contiguous(memory_format=torch.channels_last))
+        return (maps.unflatten(1, (-1, self.linear)) * gate[:, None]).sum(2)
+
+
+def _pointwise(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A layer of channels at each place, `x` (b, c, h, w)."""
+    return layer(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gudlib import statistics
+
 Components = Float[Tensor, "b c h w"]
 PerComponent = Float[Tensor, "c h w"]
 
@@ -53,22 +55,32 @@ class Moments:
         return int((self.variance < self.floored).sum())
 
 
-def measure(basis: Callable[[Tensor], Tensor], images: Components, floor: float = 1e-4) -> Moments:
+def measure(
+    basis: Callable[[Tensor], Tensor], images: statistics.Images, floor: float = 1e-4, symmetries: str = "none"
+) -> Moments:
     """Component means and variances of `images` (b, c, h, w) in a basis, accumulated in float64.
 
     Arguments:
-        basis: the map from images to components.
-        images: the data, at least two images.
+        basis: the map from images to components; of uint8 images, an orthonormal one.
+        images: the data, at least two images. Grey levels (uint8) count as dequantised, exactly: at their centres, with
+            the variance `statistics.WITHIN_LEVEL` of the noise within a level added to that of every component.
         floor: see `Moments`.
+        symmetries: `none`, `mirror` or `all`, measure all mirror images too (`statistics.mirrored`).
 
     Raises:
-        ValueError: if there are fewer than two images.
+        ValueError: if there are fewer than two images, symmetries are unknown, or `all` of images that are not square.
     """
     if len(images) < 2:
         raise ValueError(f"images must be at least two, to have a variance; got {len(images)}")
-    mean = torch.stack([basis(part).double().sum(0) for part in images.split(1024)]).sum(0) / len(images)
-    square = torch.stack([(basis(part).double() - mean).square().sum(0) for part in images.split(1024)]).sum(0)
-    return Moments(mean, square / (len(images) - 1), floor)
+    parts = images.split(statistics.CHUNK)
+    near = basis(statistics.centres(parts[0])).double().mean(0)  # close to the mean, so that no digits cancel below
+    count, first, second = 0, torch.zeros_like(near), torch.zeros_like(near)
+    for part in parts:
+        away = basis(statistics.mirrored(statistics.centres(part), symmetries)).double() - near
+        count, first, second = count + len(away), first + away.sum(0), second + away.square().sum(0)
+    variance = (second - first.square() / count) / (count - 1)
+    noise = 0.0 if images.is_floating_point() else statistics.WITHIN_LEVEL
+    return Moments(near + first / count, variance + noise, floor)
 
 
 class Prior(nn.Module):
@@ -108,8 +120,35 @@ class Prior(nn.Module):
 
     @property
     def order(self) -> PerComponent:
-        """l_i = -log Sigma_i (floored), the paper's ordering variable for soft-conditioning, (c, h, w)."""
+        """l_i = -log Sigma_i (floored), the paper's ordering variable for soft-conditioning, (c, h, w).
+
+        Components below the floor share one l, and no inverse softness sets them apart: `ranked` does.
+        """
         return -self.moments.floored.log()
+
+    def ranked(self, step: float) -> Float[Tensor, "c h w"]:
+        """The order with ties broken by rank, float64 (c, h, w): where l repeats, it rises by `step` instead.
+
+        Components are ranked by measured variance, the largest first, and equal ones by place; sorted, all later l move
+        up along with a step, so that other differences stay as they are.
+
+        Arguments:
+            step: above 0, in units of l; (l_max - l_min) / (n - 1) goes on as steeply as l does on average.
+
+        Raises:
+            ValueError: if the step is not above 0.
+
+        >>> prior = isotropic(Moments(torch.zeros(1, 1, 4), torch.tensor([[[0.9, 0.2, 0.3, 0.9]]]), floor=0.5))
+        >>> prior.ranked(0.25)  # two are floored to 0.45
+        tensor([[[0.1054, 1.2985, 1.0485, 0.3554]]], dtype=torch.float64)
+        """
+        if not 0 < step < math.inf:
+            raise ValueError(f"step must be above 0 and finite; got {step}")
+        rank = self.variance.flatten().argsort(descending=True, stable=True)
+        order = self.order.double().flatten()[rank]
+        rise = order.diff()
+        risen = torch.cat([order[:1], order[0] + torch.where(rise > 0, rise, step).cumsum(0)])
+        return risen[rank.argsort()].view_as(self.order)
 
     @property
     def log_variance(self) -> PerComponent:

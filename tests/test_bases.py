@@ -143,6 +143,25 @@ def test_fourier_packs_the_power_of_each_wave_and_its_mirror_image(shape):
     torch.testing.assert_close(chi**2 + mirrored**2, 2 * spectrum.abs() ** 2)
 
 
+def pixel_covariance(basis, variance):
+    rows = basis.inverse(variance.sqrt().flatten().diag().reshape(-1, *basis.shape)).flatten(1)
+    return (rows.T @ rows).reshape(*basis.shape, *basis.shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 6), (2, 4, 7)])
+def test_stationary_variances_are_powers_and_their_noise_has_a_circulant_covariance(shape):
+    x, basis = images_of(shape, 200).cumsum(-1).cumsum(-2), bases.Fourier(shape)
+    variance = basis(x).var(0)
+    power = basis.stationary(variance)
+    torch.testing.assert_close(power, torch.fft.fft2(x - x.mean(0), norm="ortho").abs().square().sum(0) / 199)
+    for values, circulant in ((power, True), (variance, False)):
+        covariance = pixel_covariance(basis, values)
+        for by in ((1, 0), (0, 1), (2, 3)):
+            moved = covariance.roll((*by, *by), (1, 2, 4, 5))
+            assert (relative(moved, covariance) < 1e-10) == circulant
+    torch.testing.assert_close(basis.stationary(power), power)
+
+
 def test_fourier_component_is_the_image_against_cosine_plus_sine():
     basis = bases.Fourier((1, 4, 6))
     x = images_of(basis.shape, 1)[0, 0]
@@ -322,6 +341,30 @@ def test_pca_agrees_with_the_authors(golden):
     torch.testing.assert_close(basis.inverse(basis(x) / scale.reshape(1, 4, 6)), back, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_pca_of_grey_levels_has_the_variance_of_their_centres_and_of_the_noise_within_a_level(per_channel):
+    grey = (20 * coupled_images(60)).clamp(0, 255).to(torch.uint8)
+    found = bases.make("pca", (2, 3, 4), grey, per_channel=per_channel)
+    expected = bases.PCA.fit((grey.double() + 0.5) / 128 - 1, per_channel)
+    torch.testing.assert_close(found.eigenvalues, expected.eigenvalues + (1 / 128) ** 2 / 12, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.matrix, expected.matrix, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_pca_under_symmetries_is_that_of_all_mirror_images(per_channel):
+    x = coupled_images(30, (2, 3, 3))
+    every = torch.cat([y for k in range(4) for y in (x.rot90(k, (2, 3)), x.rot90(k, (2, 3)).flip(3))])
+    for symmetry, images in (("mirror", torch.cat([x, x.flip(3)])), ("all", every)):
+        found = bases.make("pca", (2, 3, 3), x, per_channel=per_channel, symmetries=symmetry)
+        values = bases.PCA.fit(images, per_channel).eigenvalues
+        torch.testing.assert_close(found.eigenvalues, values)
+        chi = found(images).reshape(len(images), len(values), -1).transpose(0, 1)
+        for group, variances in zip(chi, values, strict=True):
+            torch.testing.assert_close(group.T.cov(), variances.diag(), rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="square images; got height 3, width 4"):
+        bases.PCA.fit(coupled_images(5), symmetries="all")
+
+
 # Errors
 
 
@@ -430,7 +473,7 @@ def test_components_of_waves_are_the_principal_colours_at_every_wavenumber(gener
     mix = torch.randn(3, 3, generator=generator, dtype=torch.float64)
     waves = torch.randn(40, 3, 4, 5, generator=generator, dtype=torch.float64)
     images = bases.DCT((3, 4, 5)).inverse(torch.einsum("ij,bjhw->bihw", mix, waves)) + 2
-    basis = bases.PCA.of_waves(images)
+    basis = bases.PCA.of_waves(images.flatten(1).T.cov()[None], (3, 4, 5))
     chi = bases.DCT((3, 4, 5))(images).flatten(2)
     expected = torch.cat([torch.linalg.eigvalsh(chi[..., k].T.cov()) for k in range(20)]).sort(descending=True).values
     torch.testing.assert_close(basis.eigenvalues[0], expected)
@@ -438,3 +481,44 @@ def test_components_of_waves_are_the_principal_colours_at_every_wavenumber(gener
     rows = basis.matrix[0]
     torch.testing.assert_close(rows @ rows.T, torch.eye(60, dtype=torch.float64))
     assert bool((rows.gather(1, rows.abs().argmax(1, keepdim=True)) > 0).all())
+
+
+@pytest.mark.parametrize(("shape", "size"), [((2, 3, 5), 0), ((3, 4, 6), 2), ((1, 6, 6), 3)])
+def test_blocks_have_one_orthonormal_matrix_each(shape, size):
+    images = images_of(shape, 60).cumsum(-2)
+    basis = bases.Blocks.pca(images, size)
+    u = matrix(basis)
+    torch.testing.assert_close(u @ u.T, torch.eye(len(u), dtype=u.dtype), rtol=0, atol=1e-12)
+    x = images_of(shape)
+    torch.testing.assert_close(basis.inverse(basis(x)), x)
+    torch.testing.assert_close(basis.split(basis(x)), basis.split(x) @ basis.matrix.T)
+    torch.testing.assert_close(basis.join(basis.split(x)), x)
+    place = basis.label("column") if not size else basis.label("row") // size * 100 + basis.label("column") // size
+    for block in range(basis.split(x).shape[1]):  # a block of pixels becomes the same block of components
+        one = torch.zeros_like(basis.split(x))
+        one[:, block] = basis.split(x)[:, block]
+        components = basis(basis.join(one))[0]
+        assert len(place[components.abs() > 1e-12].unique()) == 1
+    c = torch.cov(basis.split(basis(images)).flatten(0, 1).T)
+    torch.testing.assert_close(c, c.diagonal().diag(), rtol=0, atol=1e-10)
+    assert bool((c.diagonal().diff() <= 1e-9).all())
+
+
+def test_waves_of_columns_are_cosines():
+    basis, x = bases.Blocks.waves((2, 5, 3)), images_of((2, 5, 3))
+    along = bases.DCT((2, 5, 3)).rows
+    torch.testing.assert_close(basis(x), along @ x)
+
+
+def test_blocks_that_do_not_fit_are_refused():
+    eye = torch.eye(6)
+    for call, message in (
+        (
+            lambda: bases.Blocks(eye, (2, 3, 4), 2),
+            "size must be that of patches which tile 3 x 4, or 0 for columns; got 2",
+        ),
+        (lambda: bases.Blocks(eye, (2, 4, 4)), r"matrix must have shape \(8, 8\) for such blocks; got \(6, 6\)"),
+        (lambda: bases.Blocks(2 * eye, (2, 3, 4)), "matrix must have orthonormal rows; .* off the identity by 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

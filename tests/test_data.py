@@ -97,6 +97,22 @@ def test_histology_patches_are_the_pictures_regions():
             assert np.array_equal(patches[i], picture[top : top + 32, left : left + 32])
 
 
+def test_crops_are_cut_anew_from_the_training_rows(own):
+    rows = noise(2, 40, 36, 3)
+    write(own / "histology/train.parquet", rows)
+    found = data.crops("histology", 2).permute(0, 2, 3, 1).numpy().reshape(2, 5, 3, 32, 32, 3)
+    for i, j, k in ((0, 0, 0), (0, 4, 2), (1, 2, 1)):
+        assert np.array_equal(found[i, j, k], rows[i, 2 * j : 2 * j + 32, 2 * k : 2 * k + 32])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_cannot_be_cut_is_refused():
+    with pytest.raises(ValueError, match="cut from larger ones, histology, pcam; got 'fashion_mnist'"):
+        data.crops("fashion_mnist", 1)
+    with pytest.raises(ValueError, match="stride must be at least 1; got 0"):
+        data.crops("histology", 0)
+
+
 def test_larger_rows_of_pcam_give_their_centres_with_their_labels(own):
     rows = noise(3, 96, 96, 3)
     write(own / "pcam/test.parquet", rows, [1, 0, 1])

@@ -15,6 +15,7 @@ from gudlib import bases, denoiser, files, priors, schedules
 from gudlib.denoiser import Denoiser
 from gudlib.exact import gaussian
 from gudlib.process import from_eps
+from gudlib.references import IndependentGaussian
 
 
 class Fixed(nn.Module):
@@ -45,7 +46,7 @@ def test_untrained_it_is_exact_for_independent_gaussian_components(basis, prior)
     b, p = parts(basis, prior)
     white_t, gamma = noised(p)
     exact = gaussian(torch.zeros(D, dtype=torch.float64), p.white_variance.flatten().diag())(white_t, gamma)
-    untrained = Denoiser(cases.MLP(SHAPE, inputs=2), b, p)
+    untrained = Denoiser(cases.MLP(SHAPE, inputs=2), IndependentGaussian(b, p))
     torch.testing.assert_close(untrained(white_t, gamma), exact, rtol=1e-10, atol=1e-10)
 
 
@@ -63,7 +64,7 @@ def test_the_network_adds_its_answer_at_the_size_of_the_gaussians_error():
     basis, prior = parts()
     white_t, gamma = noised(prior)
     answer = randn(1, *SHAPE, seed=5)
-    quiet, loud = (Denoiser(Fixed(f * answer), basis, prior)(white_t, gamma) for f in (0, 1))
+    quiet, loud = (Denoiser(Fixed(f * answer), IndependentGaussian(basis, prior))(white_t, gamma) for f in (0, 1))
     c, alpha2 = prior.white_variance, torch.sigmoid(-gamma)
     v = alpha2 * c + 1 - alpha2
     expected = (alpha2 * c / v).sqrt() * basis(answer)
@@ -74,7 +75,7 @@ def test_the_network_sees_the_white_image_at_unit_variance_and_the_guess_in_data
     basis, prior = parts()
     white_t, gamma = noised(prior)
     network = Fixed(torch.zeros(SHAPE))
-    eps = Denoiser(network, basis, prior)(white_t, gamma)
+    eps = Denoiser(network, IndependentGaussian(basis, prior))(white_t, gamma)
     c, alpha2 = prior.white_variance, torch.sigmoid(-gamma)
     v = alpha2 * c + 1 - alpha2
     unit = basis.inverse(white_t / v.sqrt())
@@ -90,7 +91,7 @@ def test_for_one_scale_it_is_the_preconditioning_of_edm():
     m = priors.Moments(torch.zeros(SHAPE, dtype=torch.float64), torch.full(SHAPE, c, dtype=torch.float64))
     answer = randn(1, *SHAPE, seed=5)
     network = Fixed(answer)
-    model = Denoiser(network, basis, priors.isotropic(m))
+    model = Denoiser(network, IndependentGaussian(basis, priors.isotropic(m)))
     white_t, gamma = (
         randn(4, *SHAPE),
         torch.linspace(-6, 6, 4, dtype=torch.float64)[:, None, None, None].expand(4, *SHAPE),
@@ -107,7 +108,7 @@ def test_for_one_scale_it_is_the_preconditioning_of_edm():
 def test_one_noise_level_serves_a_batch():
     basis, prior = parts()
     white_t, gamma = noised(prior)
-    model = Denoiser(stirred(cases.MLP(SHAPE, inputs=2, width=16)), basis, prior)
+    model = Denoiser(stirred(cases.MLP(SHAPE, inputs=2, width=16)), IndependentGaussian(basis, prior))
     one = model(white_t, gamma[2])
     torch.testing.assert_close(one, model(white_t, gamma[2:3].expand_as(white_t)))
     assert one.dtype == torch.float64 and model(white_t.float(), gamma.float()).dtype == torch.float32
@@ -166,7 +167,8 @@ def test_a_saved_denoiser_comes_back_the_same(case, tmp_path):
 @pytest.mark.usefixtures("unchecked")
 def test_a_file_of_another_network_is_refused_by_name(tmp_path):
     basis, prior = parts()
-    denoiser.save(Denoiser(cases.MLP(SHAPE, inputs=2, width=16), basis.float(), prior.float()), tmp_path / "m")
+    mlp = cases.MLP(SHAPE, inputs=2, width=16)
+    denoiser.save(Denoiser(mlp, IndependentGaussian(basis.float(), prior.float())), tmp_path / "m")
     with pytest.raises(ValueError, match="m holds a network of kind 'mlp'; use gudlib.mar.load"):
         denoiser.load(tmp_path / "m")
     assert denoiser.card(tmp_path / "m") == {}
@@ -178,9 +180,10 @@ def test_half_precision_halves_the_networks_weights_and_nothing_else(tmp_path):
         denoiser.save(model, tmp_path / name, half=half)
     tensors, _ = files.read_tensors(tmp_path / "half")
     for name, value in tensors.items():
+        mine = model.state_dict()[name if name.startswith("network.") else f"reference.{name}"]
         network = name.startswith("network.") and value.is_floating_point()
-        assert value.dtype == (torch.float16 if network else model.state_dict()[name].dtype)
-        assert network or torch.equal(value, model.state_dict()[name])
+        assert value.dtype == (torch.float16 if network else mine.dtype)
+        assert network or torch.equal(value, mine)
     again = denoiser.load(tmp_path / "half")
     assert all(p.dtype == torch.float32 for p in again.parameters())
     torch.testing.assert_close(again(white_t, gamma), model(white_t, gamma), rtol=2e-2, atol=2e-2)
@@ -230,14 +233,14 @@ KILLED_WHILE_SAVING = """
 import itertools, os, random, signal, sys, time
 import torch
 from pathlib import Path
-from gudlib import bases, denoiser, networks, priors
+from gudlib import bases, denoiser, networks, priors, references
 
 torch.set_num_threads(1)
 folder, shape = Path(sys.argv[1]), (1, 8, 8)
 file = folder / "model.safetensors"
 m = priors.Moments(torch.zeros(shape), torch.ones(shape))
 network = networks.UNet(shape, torch.zeros(shape, dtype=torch.long), inputs=2, width=32)
-model = denoiser.Denoiser(network, bases.Pixel(shape), priors.whitened(m))
+model = denoiser.Denoiser(network, references.IndependentGaussian(bases.Pixel(shape), priors.whitened(m)))
 random.seed(0)
 seen = 0
 for attempt in range(25):
@@ -273,5 +276,5 @@ def test_column_schedules_reach_the_network_as_they_are():
     basis, prior = parts("pixel", "whitened")
     network = Fixed(torch.zeros(SHAPE))
     gamma = schedules.sequential(COLUMN, 1 / 3).gamma(torch.tensor(0.5, dtype=torch.float64))
-    Denoiser(network, basis, prior)(randn(2, *SHAPE), gamma)
+    Denoiser(network, IndependentGaussian(basis, prior))(randn(2, *SHAPE), gamma)
     assert network.gamma.shape == (2, *SHAPE) and network.gamma[1, 0, 0].tolist() == pytest.approx([-7.0, -1.0, 5.0])

@@ -13,6 +13,7 @@ from gudlib.process import Process
 BASES = ["plain", "pixel", "pca", "fourier", "dct", "haar"]
 TRAINED = [(0.0, 0.0), (1.0, 1.0), (0.4, 1.6), (2.5, 2.5)]
 LEVEL = 1 / 128  # of grey, in units of the data
+WITHIN = LEVEL**2 / 12  # variance of the noise within a level
 ZERO, ONE = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
 
 
@@ -34,17 +35,15 @@ def build(basis="pca", r=1.0, a=(0.4, 1.6), conditioning="grouped", images="grey
     return designs.FittedDesign(designs.Design(basis, r, a, conditioning), IMAGES[images])
 
 
-def fitted_to(images: torch.Tensor) -> torch.Tensor:
-    """What a design is fitted to with seed 0: images dequantised, at least four times as many as components."""
-    generator = torch.Generator().manual_seed(0)
-    rounds = -(-4 * images[0].numel() // len(images))
-    return torch.cat([dequantise(images, generator) for _ in range(rounds)])
+def centres(images: torch.Tensor) -> torch.Tensor:
+    """Grey levels as numbers, each at its centre; dequantisation adds WITHIN to every variance."""
+    return (images.double() + 0.5) / 128 - 1
 
 
 def left(fitted, images, a):
     """Largest eigenvalue of N^(-1/2) C N^(-1/2) at t = 1, C the second moment around the prior's mean."""
-    away = (fitted.basis(fitted_to(images)).double() - fitted.prior.mean).flatten(1)
-    second = away.T @ away / len(away)
+    away = (fitted.basis(centres(images)) - fitted.prior.mean).flatten(1)
+    second = away.T @ away / (len(away) - 1) + WITHIN * torch.eye(away.shape[1]).double()
     noise = (fitted.prior.scale**2 * fitted.schedule(a).gamma(ONE).exp()).flatten()
     return float(torch.linalg.eigvalsh(second / (noise[:, None] * noise).sqrt())[-1])
 
@@ -72,9 +71,13 @@ def test_every_design_leaves_a_third_of_a_grey_level_at_one_end_and_nothing_at_t
 def test_the_snr_rises_with_one_slope_from_offsets_a_l(basis, r):
     """-log SNR_i, computed from the process, is u(t) + a l_i with l = -log Sigma, whatever the prior."""
     fitted, a, t = build(basis, r), 1.3, torch.linspace(0, 1, 5, dtype=torch.float64)
-    order = -fitted.basis(fitted_to(IMAGES["grey"])).double().var(0).log()
+    data = centres(IMAGES["grey"])
+    variance = fitted.basis(data).var(0)
     if basis == "plain":
-        order = torch.zeros_like(order)
+        variance = torch.ones_like(variance)
+    if basis == "fourier":  # the power of each wave
+        variance = torch.fft.fft2(data - data.mean(0), norm="ortho").abs().square().sum(0) / (len(data) - 1)
+    order = -(variance + WITHIN).log()
     level = -fitted.schedule(a).snr(t, fitted.prior.white_variance).log()
     common = level - a * order
     assert (common - common[:, :1, :1, :1]).abs().max() < 1e-5
@@ -114,12 +117,14 @@ def test_one_gamma_for_all_is_a_of_one_minus_r(basis, r):
 
 
 def test_plain_is_the_usual_model_of_one_mean_one_variance_and_one_level():
-    data = fitted_to(IMAGES["colour"]).double()
+    data = centres(IMAGES["colour"])
+    total = data.var(0).mean() + data.mean(0).var(correction=0) + WITHIN
+    assert float(total) == pytest.approx(float(data.var()), rel=0.01)
     for r in (0.0, 1.0):
         fitted = build("plain", r, (1.0, 1.0), images="colour")
         assert torch.equal(fitted.basis(data), data)
-        for values, wanted in ((fitted.prior.mean, data.mean()), (fitted.prior.variance, data.var())):
-            torch.testing.assert_close(values.double(), wanted.expand(3, 8, 8), rtol=1e-5, atol=1e-6)
+        for values, wanted in ((fitted.prior.mean, data.mean()), (fitted.prior.variance, total)):
+            torch.testing.assert_close(values, wanted.expand(3, 8, 8), rtol=1e-12, atol=1e-12)
         gamma = fitted.schedule(1.0).gamma(ZERO)
         assert gamma.max() == gamma.min()
     assert build("pixel", images="colour").prior.mean.std() > 0.1
@@ -147,7 +152,7 @@ def test_components_one_after_another_have_the_same_two_ends(basis, r):
     """Each ends at the finest noise, in units of the data, and where every signal is gone."""
     fitted = build(basis, r, images="colour")
     one, other = torch.arange(3 * 64).reshape(3, 8, 8) % 5.0, torch.arange(3 * 64).reshape(3, 8, 8) % 7.0
-    variance = fitted_to(IMAGES["colour"]).double().var() if basis == "plain" else fitted.prior.moments.floored
+    variance = fitted.prior.moments.floored
     for schedule in (fitted.sequential(one, 0.3), fitted.sequential([one, other], [0.6, torch.tensor([0.3, 1.0])])):
         first, last = schedule.gamma(ZERO), schedule.gamma(ONE)
         finest = fitted.prior.scale * (first / 2).exp()
@@ -160,30 +165,72 @@ def test_components_one_after_another_have_the_same_two_ends(basis, r):
     torch.testing.assert_close(gamma, first[0] + (last[0] - first[0]) * course, rtol=0, atol=1e-6)
 
 
-def test_few_images_are_dequantised_often_enough_to_have_every_variance():
-    """Ten images span at most nine of the 64 directions; in the others there is the noise of dequantisation."""
+@pytest.mark.parametrize("basis", BASES[1:])
+@pytest.mark.parametrize("images", IMAGES)
+def test_moments_are_those_of_the_components_and_of_the_noise_within_a_grey_level(basis, images):
+    fitted = build(basis, images=images)
+    chi = fitted.basis(centres(IMAGES[images]))
+    variance = chi.var(0) + WITHIN
+    if basis == "fourier":
+        variance = (variance + variance.flip(1, 2).roll((1, 1), (1, 2))) / 2
+    torch.testing.assert_close(fitted.prior.mean, chi.mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(fitted.prior.variance, variance, rtol=1e-5, atol=0)
+    assert fitted.prior.variance.dtype == torch.float64
+
+
+def test_directions_that_no_image_has_hold_the_noise_within_a_grey_level():
+    """Ten images span at most nine of the 64 directions."""
     few = textures(10)
-    variance = designs.FittedDesign(designs.Design("pca"), few).prior.variance
-    assert variance.min() > 0.1 * LEVEL**2 / 12
-
-
-def test_no_variance_counts_as_less_than_that_of_the_noise_within_a_grey_level():
+    variance = designs.FittedDesign(designs.Design("pca"), few).prior.variance.flatten()
+    torch.testing.assert_close(variance[9:], torch.full_like(variance[9:], WITHIN), rtol=1e-6, atol=0)
+    assert variance[8] > 2 * WITHIN
     images = IMAGES["grey"].clone()
     images[..., :2] = 7
-    fitted = designs.FittedDesign(designs.Design("pixel", 1.0), images)
-    counted = (-fitted.prior.order).exp()
-    assert fitted.prior.variance[..., :2].min() < LEVEL**2 / 12
-    assert float(counted.min()) == pytest.approx(LEVEL**2 / 12, rel=1e-6)
-    torch.testing.assert_close(counted[..., 2:], fitted.prior.variance[..., 2:])
+    prior = designs.FittedDesign(designs.Design("pixel", 1.0), images).prior
+    torch.testing.assert_close(prior.variance[..., :2], torch.full((1, 8, 2), WITHIN, dtype=torch.float64))
+    torch.testing.assert_close((-prior.order).exp(), prior.variance)
+
+
+def test_noise_of_a_fourier_design_is_stationary():
+    prior = build("fourier", 0.7, images="colour").prior
+    basis = bases.Fourier((3, 8, 8))
+    rows = basis.inverse(prior.scale.flatten().diag().view(-1, 3, 8, 8)).flatten(1)
+    covariance = (rows.T @ rows).view(3, 8, 8, 3, 8, 8)
+    moved = covariance.roll((1, 2, 1, 2), (1, 2, 4, 5))
+    torch.testing.assert_close(moved, covariance, rtol=0, atol=1e-10 * float(covariance.max()))
+
+
+def test_seeds_order_few_images_and_do_nothing_else(monkeypatch):
+    """What is unseen when principal components are chosen is drawn at random, by the seed."""
+    given = []
+    choose = designs.principal
+    monkeypatch.setattr(designs, "principal", lambda images: given.append(images) or choose(images))
+    for seed in (3, 3, 4):
+        designs.FittedDesign(designs.Design("pca"), IMAGES["grey"], seed, few=True)
+    assert torch.equal(given[0], given[1]) and not torch.equal(given[0], given[2])
+    for images in given:
+        assert sorted(images.flatten(1).tolist()) == sorted(IMAGES["grey"].flatten(1).tolist())
+    for few in (False, True):
+        one, other = (designs.FittedDesign(designs.Design("haar"), IMAGES["grey"], seed, few) for seed in (3, 4))
+        assert torch.equal(one.prior.variance, other.prior.variance) and len(given) == 3
+        assert one.gamma_max_target == other.gamma_max_target and not one.of_waves
+
+
+def test_few_images_are_fitted_as_many_are_where_their_own_components_predict_best():
+    images = textures(2000, size=6)
+    own, chosen = (designs.FittedDesign(designs.Design("pca"), images, few=few) for few in (False, True))
+    assert not chosen.of_waves
+    torch.testing.assert_close(chosen.basis.matrix, own.basis.matrix, rtol=0, atol=1e-9)
+    torch.testing.assert_close(chosen.prior.variance, own.prior.variance)
+    torch.testing.assert_close(chosen.prior.mean, own.prior.mean)
 
 
 def test_fitted_designs_repeat_themselves_and_leave_torchs_generator_alone():
     design = designs.Design("pca", 0.5)
     torch.rand(1)  # a state that no seed leads to
     state = torch.get_rng_state()
-    first, again, other = (designs.FittedDesign(design, IMAGES["grey"], seed) for seed in (3, 3, 4))
+    first, again = (designs.FittedDesign(design, IMAGES["grey"]) for _ in range(2))
     assert torch.equal(first.prior.variance, again.prior.variance) and first.gamma_max_target == again.gamma_max_target
-    assert not torch.equal(first.prior.variance, other.prior.variance)
     weights = [fitted.denoiser(8, seed).state_dict() for fitted, seed in ((first, 1), (again, 1), (first, 2))]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
@@ -397,7 +444,7 @@ def test_principal_components_are_those_under_which_unseen_images_are_likelier(n
     mix = torch.randn(16, 16, generator=generator, dtype=torch.float64)
     data = (torch.randn(n, 16, generator=generator, dtype=torch.float64) @ mix + 1).view(-1, *shape)
     unseen, seen = data[: max(n // 5, 2)], data[max(n // 5, 2) :]
-    waves, mean = bases.PCA.of_waves(seen), seen.flatten(1).mean(0)
+    waves, mean = bases.PCA.of_waves(seen.flatten(1).T.cov()[None], shape), seen.flatten(1).mean(0)
     covariances = [seen.flatten(1).T.cov(), waves.matrix[0].T @ waves.eigenvalues[0].diag() @ waves.matrix[0]]
     own, of_waves = (
         torch.distributions.MultivariateNormal(mean, c + noise * torch.eye(16, dtype=torch.float64))
@@ -407,6 +454,16 @@ def test_principal_components_are_those_under_which_unseen_images_are_likelier(n
     )
     basis, few = designs.principal(data, noise)
     assert few == bool(of_waves > own) == (n == 12)
-    whole = bases.PCA.of_waves(data) if few else bases.PCA.fit(data)
+    c = data.flatten(1).T.cov()[None]
+    whole = bases.PCA.of_waves(c, shape) if few else bases.PCA.of(c, shape)
     torch.testing.assert_close(basis.eigenvalues, whole.eigenvalues + noise)
     torch.testing.assert_close(basis.matrix, whole.matrix)
+
+
+def test_principal_components_of_grey_levels_are_those_of_their_centres_and_the_noise_within_a_level():
+    for images in (textures(12), textures(400)):
+        found, expected = designs.principal(images), designs.principal(centres(images), WITHIN)
+        assert found[1] == expected[1] == (len(images) == 12)
+        torch.testing.assert_close(found[0].eigenvalues, expected[0].eigenvalues)
+        x = centres(textures(5, seed=1))
+        torch.testing.assert_close(found[0](x).abs(), expected[0](x).abs(), rtol=0, atol=1e-6)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import gudlib
 from gudlib import (
+    baselines,
     bases,
     data,
     denoiser,
@@ -43,8 +44,10 @@ from gudlib import (
     networks,
     priors,
     process,
+    references,
     samplers,
     schedules,
+    statistics,
     training,
     zoo,
 )
@@ -61,6 +64,7 @@ COVARIANCE = VARIANCE.flatten().diag() + 0.05
 COLUMN, LEVEL = bases.Pixel(SHAPE).label("column"), bases.Haar(SHAPE, 2).label("level")
 KNOWN = COLUMN < 2
 UNET = {"width": 8, "patch": 1, "multipliers": (1,)}
+RICH = {"fourier": True, "maps": True, "linear": 2}
 LINE, TOKEN_LINE = schedules.linear(SHAPE), schedules.linear(TOKEN)
 
 PROBES = {}  # "module.name" or "module.name: what of it": a function of a device
@@ -74,6 +78,7 @@ EXEMPT_MODULES = {
 FIELDS = "fields only, seen in the probes of what returns it"
 EXEMPT = {
     "data.ImageSet": "a file's pictures, on the CPU",
+    "data.crops": "reads a file's pictures, on the CPU",
     "data.load": "reads a file's pictures, on the CPU",
     "data.load_folder": "reads pictures, on the CPU",
     "families.Family": "abstract, without a method of its own; each kind has probes",
@@ -87,9 +92,12 @@ EXEMPT = {
 }
 # What gives tensors on the CPU wherever it computes, and says so or is tables of the host
 ON_CPU = {
+    "baselines.Baseline", "baselines.context_table", "baselines.frame", "baselines.histograms", "baselines.neighbours",
+    "baselines.normal", "baselines.regression", "baselines.table", "baselines.webp",
     "denoiser.read_saved", "denoiser.save", "designs.score", "families.known", "lattice.couplings", "lattice.momenta",
     "likelihood.Likelihood", "likelihood.bound", "likelihood.flow", "mar.likelihood.ChainRuleLikelihood",
-    "mar.likelihood.chain_rule_bound", "mar.model.save", "model.GUD", "samplers.time_grid", "schedules.patch_order",
+    "mar.likelihood.chain_rule_bound", "mar.model.save", "model.GUD", "networks.energies", "samplers.time_grid",
+    "schedules.patch_order",
 }  # fmt: skip
 
 
@@ -145,8 +153,9 @@ def awake(module):
     return module.eval()
 
 
-def unet(conditioning="film", basis="pixel"):
-    return awake(denoiser.build(bases.make(basis, SHAPE), prior_on("cpu"), 4, conditioning=conditioning, **UNET))
+def unet(conditioning="film", basis="pixel", **options):
+    options = {"conditioning": conditioning} | UNET | options
+    return awake(denoiser.build(bases.make(basis, SHAPE), prior_on("cpu"), 4, **options))
 
 
 def pair(d, schedule=None):
@@ -178,7 +187,33 @@ def file():
         yield Path(folder) / "saved"
 
 
-# bases, data
+# baselines, bases, data
+
+
+def baseline(d, function, **options):
+    return function(IMAGES[:16].to(d), IMAGES[16:].to(d), **options)
+
+
+@probe("baselines.Baseline")
+def use_baseline(d):
+    found = baseline(d, baselines.histograms)
+    return found.bits, found.mean, found.error
+
+
+PROBES |= {
+    "baselines.histograms": lambda d: baseline(d, baselines.histograms),
+    "baselines.neighbours": lambda d: [baseline(d, baselines.neighbours, upper=upper) for upper in (False, True)],
+    "baselines.context_table": lambda d: baseline(d, baselines.context_table),
+    "baselines.regression": lambda d: baseline(d, baselines.regression, radius=1),
+    "baselines.regression: normal": lambda d: baseline(d, baselines.regression, radius=0, residuals="normal"),
+    "baselines.normal": lambda d: baseline(d, baselines.normal, symmetries="mirror"),
+    "baselines.webp": lambda d: baselines.webp(IMAGES[:2].to(d)),
+    "baselines.table": lambda d: baseline(d, baselines.table, which=["context table", "left neighbour"]),
+    "baselines.of": lambda d: [
+        baselines.of(reference(d, kind), IMAGES[:3].to(d)) for kind in ("Histograms", "GroupedGaussian")
+    ],
+    "baselines.frame": lambda d: baselines.frame([baseline(d, baselines.histograms)])["bits/dim"].tolist(),
+}
 
 
 def use_basis(d, kind):
@@ -187,12 +222,23 @@ def use_basis(d, kind):
     return basis(normals(d)), basis.inverse(normals(d)), basis.spec, labels
 
 
+@probe("bases.Blocks", "columns", "patches")
+def use_blocks(d, which):
+    size = 0 if which == "columns" else 2
+    basis = bases.Blocks.pca(photos(d), size)
+    basis = basis if size else bases.Blocks.waves(SHAPE).to(d)
+    blocks = basis.split(normals(d))
+    return basis(normals(d)), basis.inverse(normals(d)), blocks, basis.join(blocks), basis.spec["size"]
+
+
 for kind in ("Pixel", "PCA", "Fourier", "DCT", "Haar"):
     PROBES[f"bases.{kind}"] = functools.partial(use_basis, kind=kind)
 
 PROBES |= {
     "bases.Basis": lambda d: use_basis(d, "DCT"),
-    "bases.PCA: of waves": lambda d: bases.PCA.of_waves(photos(d))(normals(d)),
+    "bases.PCA: of waves": lambda d: bases.PCA.of_waves(COVARIANCE.to(d)[None], SHAPE)(normals(d)),
+    "bases.PCA: grey levels": lambda d: bases.PCA.fit(IMAGES.to(d), symmetries="mirror")(normals(d)),
+    "bases.Fourier: stationary": lambda d: bases.Fourier(SHAPE).stationary(VARIANCE.to(d)),
     "bases.make": lambda d: bases.make("pca", SHAPE, photos(d), per_channel=True),
     "bases.groups_by": lambda d: bases.groups_by(COLUMN.to(d), 2),
     "data.scale": lambda d: data.scale(IMAGES.to(d)),
@@ -204,9 +250,59 @@ PROBES |= {
 # denoiser, networks
 
 
-@probe("denoiser.Denoiser", "film", "attention", "map")
+@probe("denoiser.Denoiser", *networks.CONDITIONINGS)
 def use_denoiser(d, conditioning):
     return unet(conditioning, "dct").to(d)(normals(d), normals(d, 1))
+
+
+REFERENCES = {each.__name__: each for each in references.KINDS.values()}
+
+
+def reference(d, kind):
+    """Fitted on a device."""
+    made = REFERENCES[kind]
+    if kind in ("GroupedGaussian", "LatticeGaussian"):
+        basis = bases.Blocks.waves(SHAPE).to(d)
+        moments = priors.Moments(torch.zeros(SHAPE).to(d), torch.ones(SHAPE).to(d))
+        return made.fit(basis, priors.isotropic(moments, 0.5), IMAGES.to(d), "mirror")
+    basis = bases.make("haar" if kind == "Marginals" else "pixel", SHAPE, levels=2) if kind == "Marginals" else (
+        bases.Pixel(SHAPE)
+    )  # fmt: skip
+    basis = basis.to(d)
+    prior = priors.isotropic(priors.measure(basis, IMAGES.to(d)), 0.5)
+    options = {"sectors": 3} if kind == "Histograms" else {}
+    return made.fit(basis, prior, IMAGES.to(d), **options)
+
+
+@probe("references", *REFERENCES)
+def use_reference(d, kind):
+    made, gamma = reference(d, kind), torch.linspace(-8, 4, 6).to(d).expand(2, *SHAPE)
+    x = data.scale(IMAGES[:3].to(d)) if made.decoder == "discrete" else photos(d, 3)
+    white = normals(d)[:2]
+    found = made.posterior(white, gamma)
+    rebuilt = references.rebuild(made.name, made.basis, made.prior, tables_of(made))
+    return *found, made(white, gamma), rebuilt(white, gamma), made.nll(x.double()), made.white(made.components(white))
+
+
+def tables_of(made):
+    return {k: v for k, v in made.state_dict().items() if not k.startswith(("basis.", "prior."))}
+
+
+for kind in REFERENCES:
+    PROBES[f"references.{kind}"] = PROBES.pop(f"references: {kind}")
+PROBES |= {
+    "references.Reference": lambda d: use_reference(d, "Histograms"),
+    "references.Posterior": lambda d: tuple(
+        reference(d, "Marginals").posterior(normals(d), torch.zeros(1, *SHAPE).to(d))
+    ),
+    "references.fit": lambda d: references.fit("marginals", bases.DCT(SHAPE).to(d), prior_on(d), IMAGES.to(d)).weight,
+    "references.best": lambda d: references.best(
+        ["histograms", "independent gaussian"], bases.Pixel(SHAPE), prior_on(d), IMAGES.to(d)
+    ),
+    "references.rebuild": lambda d: references.rebuild(
+        "histograms", bases.Pixel(SHAPE), prior_on(d), tables_of(reference(d, "Histograms"))
+    )(normals(d), torch.zeros(1, *SHAPE, device=d)),
+}
 
 
 @probe("denoiser.build")
@@ -231,12 +327,19 @@ PROBES |= {
     ],
     "denoiser.describe": lambda d: denoiser.describe(unet().to(d)),
     "networks.GammaGroups": lambda d: networks.GammaGroups(bases.groups_by(COLUMN, 2)).to(d)(normals(d).float()),
+    "networks.GammaGroups: at every place": lambda d: networks.GammaGroups(
+        bases.groups_by(LEVEL, 2), networks.energies(bases.Haar(SHAPE, 2).inverse, SHAPE, 2)
+    ).to(d)(normals(d).float()),
+    "networks.energies": lambda d: networks.energies(bases.DCT(SHAPE).inverse, SHAPE, 2),
     "networks.UNet": lambda d: awake(networks.UNet(SHAPE, COLUMN.long(), 1, 8, (1, 1), 1)).to(d)(
         normals(d).float(), normals(d).float()
     ),
+    "networks.UNet: all it can see": lambda d: unet("local", "haar", **RICH).network.to(d)(
+        noise(d, 3, 3, 4, 6).float(), normals(d).float()
+    ),
     "networks.Doubling": lambda d: awake(networks.Doubling(1, 2, 3)).to(d)(normals(d).float()),
     "networks.ConvBlock": lambda d: awake(networks.ConvBlock(1, 4, 2)).to(d)(
-        normals(d).float(), noise(d, 3, 2).float()
+        normals(d).float(), noise(d, 3, 2, 1, 1).float()
     ),
     "networks.Attention": lambda d: awake(networks.Attention(4, 2)).to(d)(
         noise(d, 3, 4, 2, 2).float(), noise(d, 3, 5, 2).float()
@@ -272,6 +375,7 @@ PROBES |= {
     "designs.FittedDesign: few images, haar": lambda d: use_design(d, "haar", few=True),
     "designs.FittedDesign: told the time": lambda d: use_design(d, "pca", conditioning="time"),
     "designs.principal": lambda d: designs.principal(photos(d, 24), 1e-4),
+    "designs.principal: grey levels": lambda d: designs.principal(IMAGES.to(d)),
 }
 
 
@@ -572,7 +676,7 @@ PROBES |= {
 }
 
 
-# priors, process
+# priors, process, statistics
 
 
 @probe("priors.Prior")
@@ -581,7 +685,7 @@ def use_prior(d):
     torch.manual_seed(0)
     drawn = prior.sample(3, gen(d)), prior.sample(3)
     numbers = prior.log_prob(x), prior.kl(), prior.kl(prior.order), prior.log_volume
-    tables = prior.white_variance, prior.order, prior.log_variance, prior.moments
+    tables = prior.white_variance, prior.order, prior.log_variance, prior.moments, prior.ranked(0.1)
     return drawn, numbers, tables, prior.whiten(x), prior.unwhiten(x)
 
 
@@ -606,12 +710,17 @@ def moments(d):
 PROBES |= {
     "priors.Moments": lambda d: (moments(d).floored, moments(d).n_floored),
     "priors.measure": lambda d: moments(d),
+    "priors.measure: grey levels": lambda d: priors.measure(bases.DCT(SHAPE).to(d), IMAGES.to(d), symmetries="mirror"),
     "priors.isotropic": lambda d: priors.isotropic(moments(d)),
     "priors.whitened": lambda d: priors.whitened(moments(d)),
     "priors.interpolated": lambda d: priors.interpolated(moments(d), 0.3),
     "priors.power_law": lambda d: priors.power_law(moments(d), bases.DCT(SHAPE).label("wavenumber")),
     "priors.power_law: waves here": lambda d: priors.power_law(moments(d), 1 + COLUMN.to(d)),
     "priors.multi_information": lambda d: priors.multi_information(COVARIANCE.to(d), 0.1),
+    "statistics.centres": lambda d: statistics.centres(IMAGES.to(d)),
+    "statistics.covariance": lambda d: statistics.covariance(photos(d), "mirror"),
+    "statistics.covariance: grey levels": lambda d: statistics.covariance(IMAGES.to(d), "mirror", per_channel=True),
+    "statistics.mirrored": lambda d: statistics.mirrored(IMAGES[..., :4].to(d), "all"),
     "process.from_eps": lambda d: use_kind(d, "v"),
     "process.diffuse": lambda d: process.diffuse(normals(d), normals(d, 1), normals(d, 2)),
 }
@@ -760,6 +869,25 @@ def trainer_of(name="soft", conditioning="film", checkpoint=None, **config):
     return training.Trainer(unet(conditioning), IMAGES, family, settings, checkpoint)
 
 
+def rich_trainer(weighting="likelihood"):
+    """Of a network that sees all it can, with dropout, on mirrored grey levels."""
+    settings = training.TrainingConfig(
+        steps=4, batch=6, warmup=2, symmetries="mirror", discrete=True, weighting=weighting
+    )
+    model = unet("local", "haar", dropout=0.2, **RICH)
+    return training.Trainer(model, IMAGES, family_of("soft", prior_on("cpu")), settings)
+
+
+def around(kind):
+    """Of a network around a reference."""
+    made = reference("cpu", kind)
+    built = awake(denoiser.build(made.basis, made.prior, 4, reference=made, fourier=True, **UNET))
+    family = families.SoftConditioning(made.prior, (0.4, 1.6))
+    if "Gaussian" in kind:
+        family = families.Sequential(made.basis, made.prior, "columns")
+    return training.Trainer(built, IMAGES, family, training.TrainingConfig(steps=4, batch=6, warmup=2))
+
+
 def told_time():
     """Of a network that is told the time and nothing else."""
     fitted = designs.FittedDesign(designs.Design("pca", 1.0, (0.4, 1.6), "time"), IMAGES)
@@ -782,8 +910,10 @@ def train(d, trainer, steps=2):
 
 @probe("training.Loop")
 def use_loop(d):
-    trainer = trainer_of(weighting="likelihood")
-    weighted = trainer.weighted(normals(d), schedules.cosine(SHAPE), times(d))
+    trainer = trainer_of(weighting="answer", symmetries="mirror")
+    weighted = trainer.weighted(normals(d), schedules.cosine(SHAPE), times(d)), trainer.data(times(d).long(), gen(d))
+    with trainer.seeded(gen(d)):
+        assert torch.initial_seed() != 0
     with file() as checkpoint:
         stopped = train(d, trainer_of(checkpoint=checkpoint))
         resumed = trainer_of(checkpoint=checkpoint)
@@ -817,6 +947,7 @@ def use_front_door(d, which):
         for place in ("cpu", d):
             results.append(model.inpaint(few.to(place), KNOWN[0].to(place), steps=3))
             results.append(model.extend(few.to(place), 3, progress=False))
+        results.append(model.choose_finest(few, (0.25, 0.4), **once))
     return results
 
 
@@ -838,6 +969,7 @@ def use_mar_trainer(d, kind):
 
 PROBES |= {
     "training.Trainer: told the time": lambda d: train(d, told_time()),
+    "training.Trainer: all that can be": lambda d: train(d, rich_trainer()),
     "mar.training.MarTrainer: no labels": lambda d: train(d, mar_trainer_of("random", 0)),
 }
 
@@ -1050,7 +1182,9 @@ STEPS = {
         for name in FAMILIES for weighting in training.WEIGHTINGS
     },
     **{conditioning: functools.partial(trainer_of, "columns", conditioning) for conditioning in networks.CONDITIONINGS},
+    **{f"around {kind}": functools.partial(around, kind) for kind in REFERENCES},
     "told the time": told_time,
+    "all that can be": lambda: rich_trainer("answer"),
     **{f"mar, {kind}": functools.partial(mar_trainer_of, kind) for kind in ("raster", "masked")},
 }  # fmt: skip
 

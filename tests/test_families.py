@@ -229,7 +229,7 @@ def test_impossible_families_are_refused_with_their_values():
         (lambda: Sequential(PIXEL, PRIOR, "columns two"), "got 'columns two'"),
         (lambda: Sequential(PIXEL, PRIOR, "columns 0"), "got 'columns 0'"),
         (lambda: Sequential(PIXEL, PRIOR, "levels"), "Pixel has no label 'level'"),
-        (lambda: Sequential(HAAR, PRIOR, "patches 2"), "are of pixels; the basis is 'haar'"),
+        (lambda: Sequential(HAAR, PRIOR, "patches 2"), "are of pixels, or of the basis of such blocks; it is 'haar'"),
         (lambda: Sequential(PIXEL, PRIOR, "patches 3"), "size must divide height 4 and width 4; got 3"),
         (lambda: Sequential(PIXEL, PRIOR, "columns", (0.5, 0.0)), r"in \(0, 1\]; got \(0.5, 0.0\)"),
         (lambda: Sequential(HAAR, PRIOR, ("levels", "columns"), ((0.5, 1.0),) * 3), "for each of 2 blocks"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gudlib as gud
-from gudlib import data, denoiser, families, samplers
+from gudlib import data, denoiser, families, likelihood, samplers
 from gudlib.data import dequantise
 from gudlib.files import CHECKPOINTS, read_tensors
 from gudlib.model import GUD
@@ -27,6 +27,9 @@ KINDS = {
     "columns": {"basis": "pixel", "blocks": "columns"},
     "rows": {"basis": "pixel", "blocks": "rows", "b": 0.5},
     "patches": {"basis": "pixel", "blocks": "patches 2", "b": (0.2, 1.0), "known": 0.0},
+    "histograms": {"basis": "pixel", "blocks": "columns", "reference": "histograms"},
+    "marginals": {"basis": "dct", "reference": "marginals"},
+    "tissue": {"basis": "pixel", "blocks": "columns", "reference": "lattice gaussian"},
     "levels, columns": {"basis": "haar", "blocks": ("levels", "columns 2"), "b": ((0.5, 1.0), (0.5, 1.0))},
 }
 
@@ -98,6 +101,44 @@ def test_untrained_it_is_a_normal_distribution():
     for a in (0.4, 1.0):
         assert fresh.bits_per_dim(unseen, a=a) == pytest.approx(expected, abs=0.02)
     torch.testing.assert_close(fresh.nll(unseen, draws=16).double(), nats, rtol=0.02, atol=0.5)
+
+
+def bits_of_reference(model, images):
+    decoder = model.denoiser.reference.decoder
+    x = data.scale(images) if decoder == "discrete" else dequantise(images, torch.Generator().manual_seed(0))
+    width = likelihood.GREY_LEVEL if decoder == "normal" else 1.0
+    nll = model.denoiser.reference.nll(x.double()).mean()
+    return float(likelihood.bits_per_dim(nll, images[0].numel(), width))
+
+
+@pytest.mark.parametrize("kind", ["pca", "marginals", "histograms", "tissue"])
+def test_untrained_it_is_its_reference(kind):
+    images = pictures(400)
+    model, fresh = fitted(kind, images), pictures(60, seed=9)
+    assert model.discrete == (kind in ("histograms", "tissue"))
+    found = model.likelihood(fresh, draws=8)
+    assert found.bits == pytest.approx(bits_of_reference(model, fresh), abs=4 * found.probe_error + 0.03)
+
+
+def test_in_pixels_the_better_reference_is_chosen():
+    grey = pictures(400, (1, 8, 8))
+    black = grey * (torch.rand(grey.shape, generator=torch.Generator().manual_seed(0)) < 0.5)  # no normal distribution
+    for images, name in ((black, "histograms"), (pictures(8), "independent gaussian")):
+        model = fitted("columns", images)
+        assert model.denoiser.reference.name == name and f"reference {name}" in str(model)
+
+
+def test_where_to_stop_is_chosen_by_bits_and_kept(tmp_path):
+    model = fitted("columns", pictures(400), reference="independent gaussian")
+    assert model.family.spec["of"]["of"]["finest"] == pytest.approx(1 / 384)
+    bits = model.choose_finest(pictures(50, seed=3), (0.35, 2.0, 20.0), draws=4, b=0.5)
+    best = min(bits, key=bits.get)
+    assert set(bits) == {0.35, 2.0, 20.0} and bits[20.0] > bits[best] + 0.2
+    assert model.family.spec["of"]["of"]["finest"] == pytest.approx(best / 127.5)
+    assert model.likelihood(pictures(50, seed=3), b=0.5, draws=4).bits == pytest.approx(bits[best])
+    model.save(tmp_path / "m")
+    assert GUD.load(tmp_path / "m").family.spec == model.family.spec
+    assert GUD.load(tmp_path / "m").card["finest"] == best
 
 
 def test_few_pictures_give_principal_components_that_suit_others():
@@ -371,6 +412,10 @@ def test_a_wrong_choice_is_refused_before_any_work(tmp_path):
         (lambda: GUD.fit(IMAGES, "pixel", a=1.0, blocks="columns"), "a is for schedules without blocks"),
         (lambda: GUD.fit(IMAGES, b=0.5), "b is the softness of blocks; got b = 0.5 without blocks"),
         (lambda: GUD.fit(IMAGES, known=0.5), "known = 0.5 is for pixels; the basis is 'pca'"),
+        (lambda: fitted("tissue", known=0.5), "known = 0.5 is for pixels; .* the reference 'lattice gaussian'"),
+        (lambda: GUD.fit(IMAGES, reference="nothing"), "a reference must be one of .*; got 'nothing'"),
+        (lambda: GUD.fit(IMAGES, reference="grouped gaussian"), "needs basis='pixel' and blocks='columns'"),
+        (lambda: GUD.fit(IMAGES, reference="histograms"), "histograms of grey levels are for pixels; .* 'pca'"),
         (lambda: GUD.fit(IMAGES, "dct", blocks="columns"), "DCT has no label 'column'"),
         (lambda: GUD.fit(IMAGES, "pixel", blocks="stripes"), "blocks must be of"),
         (lambda: GUD.fit(pictures(4, (3, 64, 64))), "'pca' takes pictures of 6144 numbers at most.*choose 'dct'"),

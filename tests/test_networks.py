@@ -1,10 +1,12 @@
-"""Networks: every conditioning runs, starts at zero, listens to gamma and lets gradients through."""
+"""Networks: every conditioning runs, starts at zero, listens to gamma and lets gradients through; options are exact."""
 
+import itertools
 import os
 import shutil
 import sysconfig
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -13,16 +15,19 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from gudlib import bases, networks
-from gudlib.networks import GammaGroups, UNet
+from gudlib.networks import ConvBlock, GammaGroups, UNet
 
 LAST = torch.channels_last
 each_conditioning = pytest.mark.parametrize("conditioning", networks.CONDITIONINGS)
+RICH = dict(fourier=True, maps=True, linear=4)
 
 
 def unet(shape=(1, 8, 8), conditioning="film", **options):
     torch.manual_seed(0)
-    groups = bases.groups_by(bases.DCT(shape).label("wavenumber"), 5)
-    return UNet(shape, groups, inputs=2 * shape[0], conditioning=conditioning, **(dict(width=16) | options))
+    basis = bases.DCT(shape)
+    groups = bases.groups_by(basis.label("wavenumber"), 5)
+    options = dict(width=16, inputs=2 * shape[0], inverse=basis.inverse) | options
+    return UNet(shape, groups, conditioning=conditioning, **options)
 
 
 def stir(network):
@@ -49,7 +54,9 @@ def test_an_untrained_unet_answers_zero_in_the_images_shape(shape, conditioning)
 
 
 @each_conditioning
-@pytest.mark.parametrize("options", [dict(patch=1), dict(multipliers=(1,)), dict(multipliers=(1, 1, 2)), dict(patch=4)])
+@pytest.mark.parametrize(
+    "options", [dict(patch=1), dict(multipliers=(1,)), dict(multipliers=(1, 1, 2)), dict(patch=4), dict(maps=True)]
+)
 def test_other_sizes_run_too(options, conditioning):
     images, gamma = inputs((1, 16, 16))
     answer = stir(unet((1, 16, 16), conditioning, **options))(images, gamma)
@@ -85,6 +92,19 @@ def test_a_map_keeps_gammas_place():
     assert (network(images, changed) - network(images, gamma)).abs().mean() > 1e-4
 
 
+def test_local_levels_keep_gammas_place():
+    shape = (1, 8, 8)
+    inverse, groups = bases.Pixel(shape).inverse, torch.zeros(shape, dtype=torch.long)
+    network = stir(UNet(shape, groups, inputs=2, width=16, conditioning="local", linear=2, inverse=inverse))
+    (images, gamma), told = inputs(shape, 1), []
+    network.gate.register_forward_pre_hook(lambda _, given: told.append(given[0]))
+    changed = gamma.clone()
+    changed[..., :2, :2] += 3
+    network(images, gamma), network(images, changed)
+    difference = (told[1] - told[0]).abs().amax((0, 3))
+    assert difference[0, 0] > 1e-2 and difference.flatten()[1:].max() < 0.02 * difference[0, 0]
+
+
 @each_conditioning
 def test_images_of_a_batch_do_not_see_one_another(conditioning):
     network, (images, gamma) = stir(unet(conditioning=conditioning)), inputs((1, 8, 8))
@@ -93,9 +113,11 @@ def test_images_of_a_batch_do_not_see_one_another(conditioning):
         torch.testing.assert_close(network(images[i : i + 1], gamma[i : i + 1])[0], together[i], rtol=1e-3, atol=1e-4)
 
 
-@each_conditioning
-def test_gradients_reach_every_parameter(conditioning):
-    network, (images, gamma) = stir(unet(conditioning=conditioning)), inputs((1, 8, 8))
+@pytest.mark.parametrize(
+    "conditioning, options", [*((each, {}) for each in networks.CONDITIONINGS), ("film", RICH), ("local", RICH)]
+)
+def test_gradients_reach_every_parameter(conditioning, options):
+    network, (images, gamma) = stir(unet(conditioning=conditioning, **options)), inputs((1, 8, 8))
     network(images, gamma).square().sum().backward()
     silent = [name for name, p in network.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-7]
     assert silent == []
@@ -103,10 +125,12 @@ def test_gradients_reach_every_parameter(conditioning):
     assert all((p.grad != 0).all() for name, p in network.named_parameters() if name.endswith("film.bias"))
 
 
-@each_conditioning
-def test_an_untrained_unet_can_learn(conditioning):
+@pytest.mark.parametrize(
+    "conditioning, options", [*((each, {}) for each in networks.CONDITIONINGS), ("film", RICH), ("local", RICH)]
+)
+def test_an_untrained_unet_can_learn(conditioning, options):
     """The zeros at the start must not block one another."""
-    network, (images, gamma) = unet(conditioning=conditioning), inputs((1, 8, 8))
+    network, (images, gamma) = unet(conditioning=conditioning, **options), inputs((1, 8, 8))
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     losses = []
     for _ in range(25):
@@ -129,7 +153,7 @@ def test_gamma_groups_hold_means_and_waves_of_them():
     torch.testing.assert_close(features[0], expected)
 
 
-@pytest.mark.parametrize("conditioning", ["film", "attention"])
+@pytest.mark.parametrize("conditioning", ["film", "attention", "local"])
 def test_levels_beyond_reach_are_one(conditioning):
     network, (images, gamma) = stir(unet(conditioning=conditioning)), inputs((1, 8, 8))
     for end in (-GammaGroups.reach, GammaGroups.reach):
@@ -139,6 +163,189 @@ def test_levels_beyond_reach_are_one(conditioning):
         assert torch.equal(network(images, gamma), answer)
         gamma[..., :4] = 0.9 * end
         assert not torch.equal(network(images, gamma), answer)
+
+
+# Where components act
+
+
+@pytest.mark.parametrize("basis", cases.BASES)
+def test_energies_are_squares_of_the_basis(basis):
+    u = cases.matrix(cases.BASES[basis]())
+    found = networks.energies(cases.BASES[basis]().inverse, cases.SHAPE, 1)
+    torch.testing.assert_close(found.double(), u.square().view(cases.D, 2, 3), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("patch", [2, 4])
+@pytest.mark.parametrize("basis", [bases.Pixel, bases.Haar])
+def test_energies_are_means_over_patches_and_sums_over_colours(basis, patch):
+    shape = (3, 8, 4)
+    n, basis = 96, basis(shape)
+    rows = basis(torch.eye(n, dtype=torch.float64).reshape(n, *shape)).flatten(1).T  # U
+    found = networks.energies(basis.inverse, shape, patch)
+    assert found.shape == (n, 8 // patch, 4 // patch)
+    for y, x in itertools.product(range(8 // patch), range(4 // patch)):
+        place = torch.zeros(shape, dtype=torch.bool)
+        place[:, patch * y : patch * (y + 1), patch * x : patch * (x + 1)] = True
+        expected = rows[:, place.flatten()].square().sum(1) / patch**2
+        torch.testing.assert_close(found[:, y, x].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_local_levels_are_means_of_gamma_by_energy():
+    shape, patch = (1, 8, 8), 2
+    basis = bases.Haar(shape, 2)
+    groups = basis.label("level").long()
+    energy = networks.energies(basis.inverse, shape, patch)
+    gamma = 3 * cases.randn(3, *shape).float()
+    features = GammaGroups(groups, energy)(gamma)
+    assert features.shape == (3, 4, 4, 3, 9)
+    weight = energy.double() + 1e-3 * energy.double().mean()
+    for b, g, y, x in itertools.product(range(3), range(3), range(4), range(4)):
+        i = groups.flatten() == g
+        mean = (weight[i, y, x] * gamma[b].flatten()[i]).sum() / weight[i, y, x].sum()
+        phase = mean * 2 * torch.pi / torch.tensor([8.0, 16.0, 32.0, 64.0])
+        expected = torch.cat([mean[None] / 10, phase.sin(), phase.cos()])
+        torch.testing.assert_close(features[b, y, x, g].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_local_levels_are_gamma_in_pixels_and_nearly_the_groups_mean_in_waves():
+    shape = (1, 8, 8)
+    gamma, groups = 4 * cases.randn(3, *shape).float().clamp(-3, 3), torch.zeros(shape, dtype=torch.long)
+    in_pixels, in_waves = (
+        10 * GammaGroups(groups, networks.energies(basis(shape).inverse, shape, 1))(gamma)[..., 0, 0]
+        for basis in (bases.Pixel, bases.Fourier)
+    )
+    torch.testing.assert_close(in_pixels, gamma[:, 0], rtol=1e-2, atol=1e-2)
+    mean = gamma.mean((1, 2, 3))
+    assert (in_waves.mean((1, 2)) - mean).abs().max() < 1e-3
+    assert (in_waves - mean[:, None, None]).std() < 0.3 < 3 < (gamma - mean[:, None, None, None]).std()
+
+
+def test_where_a_group_has_no_energy_its_components_count_equally():
+    groups = torch.tensor([[[0, 0], [1, 1]]])
+    energy = torch.tensor([[[3.0, 0.0]], [[1.0, 0.0]], [[2.0, 2.0]], [[2.0, 2.0]]])
+    found = 10 * GammaGroups(groups, energy)(torch.tensor([[[[4.0, -8.0], [1.0, 2.0]]]]))[0, 0, :, :, 0]
+    torch.testing.assert_close(found, torch.tensor([[1.0, 1.5], [-2.0, 1.5]]), rtol=2e-3, atol=2e-3)
+
+
+def test_local_levels_are_exact_under_autocast():
+    levels, gamma = unet(conditioning="local").levels, 12 * torch.rand(3, 1, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(levels(gamma), levels(gamma).float())
+        found = levels(gamma)
+    assert torch.equal(found, levels(gamma))
+
+
+def test_an_embedding_scales_and_shifts_at_its_place():
+    torch.manual_seed(0)
+    block = stir(ConvBlock(8, 16, 5))
+    x, embedding = torch.randn(2, 8, 4, 4), torch.randn(2, 5, 4, 4)
+    scale, shift = torch.stack(
+        [torch.stack([block.film(embedding[:, :, i, j]) for j in range(4)], -1) for i in range(4)], -2
+    ).split(16, 1)
+    y = block.norm2(block.conv1(nn.functional.silu(block.norm1(x))))
+    expected = block.skip(x) + block.conv2(nn.functional.silu(y * (1 + scale) + shift))
+    torch.testing.assert_close(block(x, embedding), expected)
+    one = embedding[:, :, :1, :1]
+    torch.testing.assert_close(block(x, one), block(x, one.expand(2, 5, 4, 4)))
+
+
+def test_blocks_of_coarser_resolutions_are_told_averages():
+    network = stir(unet((1, 16, 16), "local", multipliers=(1, 1, 2)))
+    told = {}
+    for name, part in network.named_modules():
+        if isinstance(part, ConvBlock):
+            part.register_forward_pre_hook(lambda _, given, name=name: told.setdefault(name, given))
+    network(*inputs((1, 16, 16)))
+    finest = told["down.0"][1]
+    assert len(told) == 3 + 2 + 6 and finest.shape[2:] == (8, 8) and finest.std((2, 3)).mean() > 1e-3
+    for x, embedding in told.values():
+        fold = 8 // x.shape[-1]
+        expected = finest.unflatten(3, (-1, fold)).unflatten(2, (-1, fold)).mean((3, 5))
+        torch.testing.assert_close(embedding, expected)
+
+
+# What it sees
+
+
+def seen_by(part, network, images, gamma):
+    given = []
+    handle = part.register_forward_pre_hook(lambda _, x: given.append(x[0]))
+    network(images, gamma)
+    handle.remove()
+    return given[0]
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_waves_of_the_last_channels_and_maps_are_seen(maps):
+    network = unet((2, 8, 8), inputs=6, fourier=True, maps=maps)
+    images, gamma = cases.randn(3, 6, 8, 8).float(), 8 * cases.randn(3, 2, 8, 8).float()
+    seen = nn.functional.pixel_shuffle(seen_by(network.stem, network, images, gamma), 2)
+    expected = [images]
+    for wave in (torch.sin, torch.cos):
+        expected += [wave(2**n * torch.pi * images[:, [c]].double()) for c in (4, 5) for n in range(2, 8)]
+    if maps:
+        assert gamma.abs().max() > 15
+        expected += [gamma.clamp(-15, 15) / 10, 1 / (1 + gamma.double().exp())]  # alpha^2
+    torch.testing.assert_close(seen, torch.cat([x.float() for x in expected], 1), rtol=1e-3, atol=2e-4)
+
+
+def test_neighbouring_grey_levels_are_opposite_in_the_finest_wave():
+    network = unet((1, 2, 2), inputs=1, fourier=True, patch=1, multipliers=(1,))
+    grey = (torch.arange(256.0)[:, None, None, None] + 0.3).expand(-1, 1, 2, 2) / 128 - 1
+    seen = seen_by(network.stem, network, grey, torch.zeros(256, 1, 2, 2))
+    for finest in (seen[:, 6], seen[:, 12]):
+        torch.testing.assert_close(finest[1:], -finest[:-1], rtol=0, atol=1e-3)
+        assert finest.abs().min() > 0.5
+
+
+@pytest.mark.parametrize("conditioning", ["film", "local"])
+@pytest.mark.parametrize("linear_all", [False, True])
+def test_the_linear_path_adds_gated_filters(conditioning, linear_all):
+    shape, options = (2, 8, 8), dict(inputs=6, fourier=True, maps=True, linear=3, linear_all=linear_all)
+    network = unet(shape, conditioning, **options)
+    images, gamma = cases.randn(3, 6, 8, 8).float(), 2 * cases.randn(3, *shape).float()
+    assert (network(images, gamma) == 0).all()  # as it starts
+    nn.init.normal_(network.filters.weight)
+    seen = nn.functional.pixel_shuffle(seen_by(network.stem, network, images, gamma), 2) if linear_all else images
+    gate = network.gate(network.embed(network.levels(gamma).flatten(-2)))  # (b, l), or at each patch
+    gate = gate.view(3, *(1, 1, 3) if conditioning == "film" else (4, 4, 3)).expand(3, 4, 4, 3)
+    expected = torch.zeros(3, *shape)
+    for c, k in itertools.product(range(2), range(3)):
+        answer = nn.functional.conv2d(seen, network.filters.weight[[3 * c + k]], padding=3)[:, 0]
+        for y, x in itertools.product(range(8), range(8)):
+            expected[:, c, y, x] += gate[:, y // 2, x // 2, k] * answer[:, y, x]
+    torch.testing.assert_close(network(images, gamma), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_dropout_is_of_training_only_and_of_features_before_the_second_convolution():
+    network, (images, gamma) = stir(unet(dropout=0.25)), inputs((1, 8, 8))
+    block = network.down[0]
+    assert torch.equal(network.eval()(images, gamma), stir(unet())(images, gamma))
+    whole = seen_by(block.conv2, network, images, gamma)
+    assert not torch.equal(network.train()(images, gamma), network(images, gamma))
+    torch.manual_seed(0)
+    first = seen_by(block.conv2, network, images, gamma)
+    dropped = (first == 0) & (whole != 0)
+    assert abs(dropped.float().mean() - 0.25) < 0.03
+    torch.testing.assert_close(first[~dropped], whole[~dropped] / 0.75)
+    torch.manual_seed(0)
+    assert torch.equal(seen_by(block.conv2, network, images, gamma), first)
+
+
+@each_conditioning
+def test_a_network_is_made_again_from_its_config_its_groups_and_the_basis(conditioning):
+    options = dict(fourier=True, maps=True, dropout=0.1, patch=1, multipliers=(1, 1))
+    options |= dict(linear=2, linear_all=True) if conditioning in networks.EMBEDDED else {}
+    network, (images, gamma) = stir(unet(conditioning=conditioning, **options)).eval(), inputs((1, 8, 8))
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in network.config.items() if k != "kind"}
+    state = network.state_dict()
+    again = UNet(groups=state["levels.groups"], inverse=bases.DCT((1, 8, 8)).inverse, **config)
+    again.load_state_dict(state)
+    assert torch.equal(again.eval()(images, gamma), network(images, gamma))
+    assert state.keys() == {"levels.groups", *(name for name, _ in network.named_parameters())}
+
+
+# Gradients when compiled
 
 
 def gradients_under_autocast(run, network, *images):
@@ -156,7 +363,8 @@ def assert_compiled_gradients_are_right(network, images, backend):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_compiled_gradients_are_the_eager_ones():
+@pytest.mark.parametrize("conditioning, options", [("film", {}), ("local", RICH | dict(multipliers=(1,)))])
+def test_compiled_gradients_are_the_eager_ones(conditioning, options):
     """What inductor would compile (far slower) is run as it is, and has no scatter, after which inductor goes wrong."""
     operations = set()
 
@@ -165,7 +373,7 @@ def test_compiled_gradients_are_the_eager_ones():
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=backend, decompositions=select_decomp_table)
-    network, images = stir(unet(width=32)), inputs((1, 8, 8), 8)
+    network, images = stir(unet(conditioning=conditioning, width=32, **options)), inputs((1, 8, 8), 8)
     assert_compiled_gradients_are_right(network, images, backend)
     assert "aten.convolution_backward.default" in operations
     assert [name for name in operations if "index_put" in name or "scatter" in name] == []
@@ -190,5 +398,11 @@ def test_doubling_is_upsampling_and_a_convolution():
 def test_impossible_networks_are_refused():
     with pytest.raises(ValueError, match=r"multiples of 8 \(patch 2, 3 resolutions\); got 28 x 28"):
         unet((1, 28, 28), multipliers=(1, 2, 2))
-    with pytest.raises(ValueError, match="'film', 'attention', 'map'.*got 'concat'"):
+    with pytest.raises(ValueError, match="'film', 'attention', 'map', 'local'.*got 'concat'"):
         unet(conditioning="concat")
+    with pytest.raises(ValueError, match="'local' needs inverse"):
+        unet(conditioning="local", inverse=None)
+    with pytest.raises(ValueError, match="linear = 2 needs a conditioning of .'film', 'local'.; got 'map'"):
+        unet(conditioning="map", linear=2)
+    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1, but got 1.5"):
+        unet(dropout=1.5)

@@ -12,7 +12,7 @@ from cases import BASES, COLUMN, COVARIANCE, PRIORS, SHAPE, D, matrix, moments, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gudlib import denoiser, priors, samplers, schedules
+from gudlib import denoiser, priors, references, samplers, schedules
 from gudlib.exact import gaussian, gaussian_eps
 from gudlib.process import Process, diffuse, from_eps
 
@@ -184,7 +184,7 @@ def test_a_denoiser_that_divides_its_input_by_its_size_undoes_the_prior(**parts)
     one, other = pair(**parts)
     t, chi = times(3, 0.1, 0.9), randn(3, *SHAPE, seed=11)
     here, there = (
-        denoiser.Denoiser(Probe(), p.basis, p.prior)(x, p.schedule.gamma(t))
+        denoiser.Denoiser(Probe(), references.IndependentGaussian(p.basis, p.prior))(x, p.schedule.gamma(t))
         for p, x in ((one, chi), (other, factor(one, other, t) * chi))
     )
     close(there, here, 1e-4)  # the network works in float32

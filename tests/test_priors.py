@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from gudlib import bases, priors
+from gudlib import bases, priors, schedules
 
 SHAPE = (2, 3, 4)
 
@@ -51,6 +51,55 @@ def test_moments_of_float32_images_are_accumulated_in_float64():
     m = priors.measure(bases.Pixel(SHAPE), images)
     assert m.variance.dtype == torch.float64
     torch.testing.assert_close(m.variance, images.double().var(0), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kind", [bases.Pixel, bases.DCT, bases.Haar])
+def test_moments_of_grey_levels_are_those_of_their_centres_and_of_the_noise_within_a_level(kind):
+    images = (40 * components(1500) + 128).clamp(0, 255).to(torch.uint8)
+    basis = kind((2, 3, 4), 1) if kind is bases.Haar else kind(SHAPE)
+    m, chi = priors.measure(basis, images), basis((images.double() + 0.5) / 128 - 1)
+    assert m.variance.dtype == torch.float64
+    torch.testing.assert_close(m.mean, chi.mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(m.variance, chi.var(0) + (1 / 128) ** 2 / 12, rtol=1e-6, atol=0)
+
+
+def test_moments_under_symmetries_are_those_of_all_mirror_images():
+    images = components(1300).cumsum(-1)
+    square = images[..., :3].clone() + torch.arange(9).view(3, 3)
+    every = [y for k in range(4) for y in (square.rot90(k, (2, 3)), square.rot90(k, (2, 3)).flip(3))]
+    for x, symmetry, group in ((images, "mirror", [images, images.flip(3)]), (square, "all", every)):
+        basis = bases.DCT((2, 3, x.shape[3]))
+        m, chi = priors.measure(basis, x, symmetries=symmetry), basis(torch.cat(group))
+        torch.testing.assert_close(m.mean, chi.mean(0), rtol=0, atol=1e-12)
+        torch.testing.assert_close(m.variance, chi.var(0))
+    with pytest.raises(ValueError, match="square images; got height 3, width 4"):
+        priors.measure(bases.Pixel(SHAPE), images, symmetries="all")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranked_breaks_ties_by_rank_and_keeps_all_other_differences(dtype):
+    variance = torch.tensor([[[3.0, 0.02, 9.0, 0.5], [3.0, 0.0, 0.05, 3.0], [0.02, 8.0, 0.5, 1.0]]], dtype=dtype)
+    prior = priors.whitened(priors.Moments(torch.zeros_like(variance), variance, floor=0.01))
+    step, ranked = 0.125, prior.ranked(0.125)
+    by_rank = [2, 9, 0, 4, 7, 11, 3, 10, 6, 1, 8, 5]  # by falling variance, then by place; the last four are floored
+    order, found = prior.order.double().flatten()[by_rank], ranked.flatten()[by_rank]
+    ties = order.diff() == 0
+    assert ties.tolist() == [i in (2, 3, 6, 8, 9, 10) for i in range(11)]
+    torch.testing.assert_close(found.diff(), torch.where(ties, step, order.diff()))
+    assert (found.diff() > 0).all() and found[0] == order[0]
+    assert ranked.shape == variance.shape and ranked.dtype == torch.float64
+    untied = prior_of("isotropic")
+    torch.testing.assert_close(untied.ranked(0.3)[untied.moments.floored == untied.variance],
+                               untied.order[untied.moments.floored == untied.variance])  # fmt: skip
+
+
+def test_an_inverse_softness_sets_ranked_components_below_the_floor_apart():
+    variance = 10.0 ** -torch.arange(12, dtype=torch.float64).view(1, 3, 4)
+    prior = priors.whitened(priors.Moments(torch.zeros_like(variance), variance))
+    half = torch.tensor(0.5, dtype=torch.float64)
+    for order, different in ((prior.order, 5), (prior.ranked(0.5), 12)):
+        gamma = schedules.soft_conditioning(order, 1.0, prior.log_variance).gamma(half).flatten()
+        assert len(gamma.unique()) == different and (gamma.diff() >= 0).all()
 
 
 def test_the_floor_is_a_share_of_the_largest_variance_and_visible():
@@ -199,6 +248,8 @@ def test_bad_input_is_refused_with_what_was_given():
     with pytest.raises(ValueError, match=r"\(2, 3, 4\); got \(1, 3, 4\)"):
         priors.Prior(m, torch.ones(1, 3, 4))
     for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="step must be above 0 and finite; got"):
+            priors.isotropic(m).ranked(bad)
         with pytest.raises(ValueError, match="positive and finite"):
             priors.isotropic(m, bad)
     for wrong in (k[:1], -k, 0 * k):

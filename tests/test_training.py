@@ -14,6 +14,7 @@ from torch import nn
 from gudlib import bases, data, denoiser, families, networks, priors, schedules, training
 from gudlib.denoiser import Denoiser
 from gudlib.exact import gaussian_eps
+from gudlib.references import IndependentGaussian
 from gudlib.training import Trainer, TrainingConfig
 
 SHAPE = (1, 8, 8)
@@ -46,9 +47,8 @@ def trainer(config=QUICK, checkpoint=None, kind="unet", images=None, seed=0, a=R
     if kind == "unet":
         model = denoiser.build(basis, prior, **(dict(groups=4, width=8) | options))
     else:
-        model = Denoiser(
-            cases.MLP(SHAPE, inputs=2, **(dict(width=32, depth=1) | options)), basis.float(), prior.float()
-        )
+        mlp = cases.MLP(SHAPE, inputs=2, **(dict(width=32, depth=1) | options))
+        model = Denoiser(mlp, IndependentGaussian(basis.float(), prior.float()))
     draw = families.SoftConditioning(prior, a, gamma_min_target=-7.0)
     return Trainer(model, pictures() if images is None else images, draw, config, checkpoint)
 
@@ -150,6 +150,87 @@ def test_likelihood_weights_are_the_slopes_of_gamma_over_their_mean():
     torch.testing.assert_close(loss, (slope / slope.mean() * error).mean(), rtol=1e-5, atol=0)
     plain = watched(TrainingConfig(batch=16))
     assert torch.equal(plain[1], error) and not torch.equal(plain[0], loss)
+
+
+@pytest.mark.parametrize("end", [4.0, 6.0])
+def test_answer_weights_count_errors_of_the_answer_alike(end):
+    """With c = v and F the noise error over alpha sqrt(c / v): the same mean square for every noise level up to 4."""
+    t = trainer(TrainingConfig(batch=64, weighting="answer"), kind="mlp")
+    c, times = t.denoiser.prior.white_variance, families.stratified_times(64, torch.Generator().manual_seed(0))
+    assert c.min() > 1e-2 * c.max()  # no floor
+    schedule = schedules.linear(SHAPE, -9.0, end)
+    gamma = schedule.gamma(times).float()
+    alpha2, answer = torch.sigmoid(-gamma), cases.randn(64, *SHAPE).float()
+    error = alpha2 * c / (alpha2 * c + 1 - alpha2) * answer.square()
+    mirrored = (1 + (8 - gamma).exp() / c) / (1 + gamma.exp() / c)  # as far below 4 as gamma is above
+    beyond = mirrored.where(gamma > 4, 1)
+    assert (beyond < 0.9).any() == (end > 4)
+    torch.testing.assert_close(t.weighted(error, schedule, times), (beyond * answer.square()).mean(), rtol=1e-4, atol=0)
+
+
+def test_answer_weights_are_those_of_a_likelihood_too():
+    loss, error, _, gamma, _, t, schedule = watched(TrainingConfig(batch=16, weighting="answer"))
+    slope = schedule.dgamma_dt(t).float()
+    c = components()[1].log_variance.exp().float()
+    weight = slope / slope.mean() * (1 + torch.exp(4 - (gamma - 4).abs()) / c)
+    torch.testing.assert_close(loss, (weight * error).mean(), rtol=1e-5, atol=0)
+
+
+def test_components_that_never_change_weigh_no_more_than_the_floor():
+    t = trainer(replace(QUICK, weighting="answer"), kind="mlp")
+    t = Trainer(still(t.denoiser), pictures(), t.draw, t.config)
+    assert t.denoiser.prior.white_variance.min() == 0
+    assert all(math.isfinite(record.loss) for record in t.run())
+
+
+def still(model):
+    """The same denoiser, of data one component of which has no variance."""
+    variance = model.prior.variance.clone()
+    variance[0, 0, 0] = 0
+    prior = priors.Prior(priors.Moments(model.prior.mean, variance, model.prior.floor), model.prior.scale)
+    return Denoiser(model.network, IndependentGaussian(model.basis, prior))
+
+
+# Images
+
+
+def eight(image):
+    """What the symmetries of the square make of an image, the first two those of the mirror."""
+    turned = [image.rot90(k, (-2, -1)) for k in range(4)]
+    return torch.stack([image, image.flip(-1), *turned[1:], *(x.flip(-1) for x in turned[1:])])
+
+
+@pytest.mark.parametrize("symmetries, count", [("none", 1), ("mirror", 2), ("all", 8)])
+def test_images_undergo_each_symmetry_as_often(symmetries, count):
+    t = trainer(replace(QUICK, symmetries=symmetries, discrete=True), kind="mlp")
+    which = torch.arange(64).repeat(40)
+    found = t.data(which, torch.Generator().manual_seed(0)).unflatten(0, (40, 64))
+    own = (data.scale(torch.stack([eight(x) for x in pictures()])) == found[:, :, None]).flatten(3).all(3)
+    assert (own.sum(2) == 1).all() and not own[:, :, count:].any()
+    share = own[:, :, :count].double().mean((0, 1))
+    assert (share - 1 / count).abs().max() < 0.03
+    for drawn in (own[0], own[:, 0]):  # from image to image, from use to use
+        assert drawn.any(0)[:count].all()
+
+
+def test_images_are_dequantised_or_the_grey_levels_themselves():
+    which = torch.arange(64)
+    dequantised = trainer(kind="mlp").data(which, torch.Generator().manual_seed(0))
+    assert torch.equal(dequantised, data.dequantise(pictures(), torch.Generator().manual_seed(0)))
+    discrete = trainer(replace(QUICK, discrete=True), kind="mlp").data(which, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(discrete, pictures().float() / 127.5 - 1, rtol=0, atol=0)
+
+
+def test_the_loss_is_of_images_as_they_are_to_be_seen():
+    config = TrainingConfig(batch=64, symmetries="all", discrete=True)
+    _, error, white_t, gamma, _, t, _ = watched(config)
+    eps, clean = 100 - error.sqrt(), t < 0.2
+    white = ((white_t - torch.sigmoid(gamma).sqrt() * eps) / torch.sigmoid(-gamma).sqrt())[clean]
+    basis, prior = components()
+    grey = 127.5 * (basis.inverse(prior.unwhiten(white.double())) + 1)
+    known = torch.cat([eight(x) for x in pictures()]).double()
+    distance, which = (grey[:, None] - known).abs().amax((2, 3, 4)).min(1)
+    assert clean.sum() >= 5 and distance.max() < 0.05 and len((which % 8).unique()) > 2
 
 
 def test_every_step_and_seed_has_its_own_batch_and_always_the_same():
@@ -274,19 +355,50 @@ def test_every_network_trains_under_either_weighting(conditioning, weighting):
 # Stopping and going on
 
 
-@pytest.mark.parametrize("kind", ["unet", "mlp"])
+RICH = dict(conditioning="local", fourier=True, linear=2, dropout=0.3)
+
+
+@pytest.mark.parametrize("kind, options", [("unet", {}), ("mlp", {}), ("unet", RICH)])
 @pytest.mark.parametrize("stop", [3, 4])
-def test_a_stopped_run_goes_on_bit_for_bit_as_if_it_had_not_been(kind, stop, tmp_path):
-    whole = trainer(kind=kind)
+def test_a_stopped_run_goes_on_bit_for_bit_as_if_it_had_not_been(kind, options, stop, tmp_path):
+    config = replace(QUICK, symmetries="all", weighting="answer") if options else QUICK
+    whole = trainer(config, kind=kind, **options)
     losses = [r.loss for r in whole.run()]
-    for record in trainer(kind=kind, checkpoint=tmp_path / "c").run():
+    for record in trainer(config, tmp_path / "c", kind, **options).run():
+        torch.rand(())  # what others draw meanwhile must not matter
         if record.step == stop:
             break
-    again = trainer(kind=kind, checkpoint=tmp_path / "c", seed=5)  # its fresh weights must not matter
+    again = trainer(config, tmp_path / "c", kind, seed=5, **options)  # its fresh weights must not matter
     resumed = again.step
     assert resumed == stop
     assert [r.loss for r in again.run()] == losses[resumed:]
     assert_same(again, whole)
+
+
+def test_dropout_belongs_to_a_step_and_leaves_the_global_generator_alone():
+    t = trainer(dropout=0.5)
+    torch.nn.init.normal_(t.plain.head.weight), torch.nn.init.normal_(t.plain.down[0].conv2.weight)
+    torch.manual_seed(1)
+    first, state = t.loss(3)[1], torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(t.loss(3)[1], first)
+    drawn = []
+    for index in (3, 3, 4):
+        with t.seeded(t.stream(index)):
+            drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], torch.rand(4, generator=t.stream(3)))
+    t.plain.eval()
+    assert not torch.equal(t.loss(3)[1], first)
+
+
+def test_a_denoiser_that_was_at_rest_trains_with_dropout_and_is_averaged_without():
+    t = trainer(dropout=0.5)
+    again = Trainer(t.averaged(), pictures(), t.draw, QUICK)
+    assert all(part.training for part in again.plain.modules())
+    assert not any(part.training for part in again.averaged().modules())
 
 
 def test_a_finished_run_is_restored_and_does_nothing_more(tmp_path):
@@ -413,8 +525,25 @@ def test_settings_that_make_no_sense_are_refused():
     for name in ("steps", "batch", "save_every"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
             TrainingConfig(**{name: 0})
-    with pytest.raises(ValueError, match="'plain', 'likelihood'.; got 'snr'"):
+    with pytest.raises(ValueError, match="weighting must be .*'plain', 'likelihood', 'answer'.; got 'snr'"):
         TrainingConfig(weighting="snr")
+    with pytest.raises(ValueError, match="symmetries must be .*'none', 'mirror', 'all'.; got 'turns'"):
+        TrainingConfig(symmetries="turns")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_all_symmetries_are_of_squares():
+    basis = bases.Pixel((1, 4, 8))
+    prior = priors.isotropic(priors.Moments(torch.zeros(basis.shape), torch.ones(basis.shape)))
+    draw, images = families.SoftConditioning(prior, RANGE), pictures()[:, :, :4]
+
+    def make(symmetries):
+        model = denoiser.build(basis, prior, width=8)
+        return Trainer(model, images, draw, replace(QUICK, symmetries=symmetries))
+
+    assert math.isfinite(next(make("mirror").run()).loss)
+    with pytest.raises(ValueError, match="'all' are of square images; these are 4 x 8"):
+        make("all")
 
 
 def test_uint8_images_are_dequantised_with_fresh_noise_each_time(generator):

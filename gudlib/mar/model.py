@@ -13,6 +13,7 @@ from gudlib import bases, denoiser, priors
 from gudlib.denoiser import Denoiser
 from gudlib.mar.networks import KINDS, Cache, Labels, Network, Permutation, Tokens, patch_count
 from gudlib.process import Batch, Gamma, Model, Process
+from gudlib.references import IndependentGaussian
 from gudlib.schedules import Schedule
 
 
@@ -113,12 +114,12 @@ class Autoregressor(nn.Module):
         return guided
 
     def _denoiser(self, z: Float[Tensor, "b m width"]) -> Denoiser:
-        return Denoiser(Conditioned(self.network.head, z.flatten(0, 1)), self.basis, self.prior)
+        return Denoiser(Conditioned(self.network.head, z.flatten(0, 1)), IndependentGaussian(self.basis, self.prior))
 
 
 def save(model: Autoregressor, path: str | Path, half: bool = False, card: dict[str, Any] | None = None) -> None:
     """Write a model to one safetensors file, as `denoiser.save`, whose arguments these are."""
-    denoiser.save(Denoiser(model.network, model.basis, model.prior), path, half, card)
+    denoiser.save(Denoiser(model.network, IndependentGaussian(model.basis, model.prior)), path, half, card)
 
 
 def load(path: str | Path) -> Autoregressor:

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from gudlib.data import dequantise
 from gudlib.denoiser import Denoiser
 from gudlib.families import stratified_times
 from gudlib.mar.model import Autoregressor, Conditioned, check_labels, permutations
 from gudlib.mar.networks import Network
 from gudlib.process import diffuse
+from gudlib.references import IndependentGaussian
 from gudlib.schedules import Schedule
 from gudlib.training import Loop, TrainingConfig
 
@@ -58,7 +58,7 @@ class MarTrainer(Loop):
 
     Arguments:
         model: to be trained in place.
-        images: the training data (n, c, h, w), uint8, dequantised with uniform noise at every use.
+        images: the training data (n, c, h, w), uint8, dequantised at every use, or what the configuration says.
         labels: their classes (n,), for a network that has some.
         schedule: of one token.
         config: how to train.
@@ -83,7 +83,7 @@ class MarTrainer(Loop):
         if (labels is None) != (network.classes == 0):
             raise ValueError(f"labels must be given if the network has classes, only then; it has {network.classes}")
         check_labels(labels, len(images), network.classes)
-        plain = Denoiser(network, model.basis, model.prior)
+        plain = Denoiser(network, IndependentGaussian(model.basis, model.prior))
         super().__init__(plain, images, network.image, config, checkpoint)
         self.model, self.schedule = model.to(self.images.device), schedule
         self.labels = None if labels is None else labels.to(self.images.device)
@@ -93,7 +93,7 @@ class MarTrainer(Loop):
         s, network, device = self.config, self.model.network, self.images.device
         generator = self.stream(index)
         which = torch.randint(len(self.images), (s.batch,), generator=generator, device=device)
-        tokens = self.model.tokens(dequantise(self.images[which], generator))
+        tokens = self.model.tokens(self.data(which, generator))
         labels = torch.full_like(which, network.classes)
         if self.labels is not None:
             kept = torch.rand(s.batch, generator=generator, device=device) >= s.drop
@@ -113,9 +113,8 @@ class MarTrainer(Loop):
         white, eps = target[mine].reshape(-1, *shape), eps[mine].reshape(-1, *shape)
         gamma = self.schedule.gamma(t).float()
         context = tokens[mine], permutation[mine], start, labels[mine], s.repeats
-        model = Denoiser(Conditioned(self.denoiser.network, *context), self.model.basis, self.model.prior)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(generator.initial_seed())  # of dropout
+        model = Denoiser(Conditioned(self.denoiser.network, *context), self.denoiser.reference)
+        with self.seeded(generator):
             error = (eps - model(diffuse(white, gamma, eps), gamma)).square()
         return self.weighted(error, self.schedule, t), error
 
