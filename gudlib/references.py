@@ -40,7 +40,7 @@ Grey = UInt8[Tensor, "n c h w"]
 LEVELS, HALF = 256, 127.5  # grey levels, and how many of them a unit of the data has (`data.scale`)
 SILENT = 4.5  # log of noise over signal, beyond which a block counts as noise only
 FEW = 2  # sectors of an image that are told apart at once, the likeliest
-BLUR, PULL = 0.8, 10.0  # of a sector's histograms: over neighbours, in pixels, and towards all images', in images
+BLUR, PULL = 1.2, 30.0  # of a sector's histograms: over neighbours, in pixels, and towards all images', in images
 
 
 class Posterior(NamedTuple):
