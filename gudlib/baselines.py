@@ -359,6 +359,7 @@ def of(reference: Reference, test: Unseen, name: str | None = None) -> Baseline:
         test: uint8 (m, c, h, w). For a density they are dequantised, with noise of a fixed seed.
         name: to show; default the reference's own.
     """
+    (test,) = _checked(test)
     if reference.decoder == "discrete":
         kind, width, x = "grey levels", 1.0, scale(test)
     else:

@@ -101,7 +101,10 @@ def build(
     reference = IndependentGaussian(basis, prior) if reference is None else reference
     along = prior.order.cpu() if label is None else basis.label(label) if isinstance(label, str) else label
     unet = _unet(basis, bases.groups_by(along, groups), network)
-    return Denoiser(unet, copy.deepcopy(reference).float()).to(prior.mean.device)
+    made = copy.deepcopy(reference)
+    made.basis.float()
+    made.prior.float()  # its tables stay as they are: covariances need float64
+    return Denoiser(unet, made).to(prior.mean.device)
 
 
 def _unet(basis: bases.Basis, groups: Tensor, options: dict[str, Any]) -> networks.UNet:
@@ -122,7 +125,7 @@ def save(
         card: anything worth knowing about how it was trained; JSON values.
         header: more of what it takes to use the denoiser, JSON values: `family`, `recommended`.
     """
-    tensors = {k: v.half() if half and k.startswith(("network.", "table.weight")) and v.is_floating_point() else v
+    tensors = {k: v.half() if half and _halved(k, denoiser) and v.is_floating_point() else v
                for k, v in _named(denoiser).items()}  # fmt: skip
     write_tensors(path, tensors, describe(denoiser) | {"card": card or {}} | header)
 
@@ -150,7 +153,7 @@ def rebuild(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]
     reference = references.rebuild(header.get("reference", IndependentGaussian.name), basis, prior, tables)
     network = _unet(basis, tensors["network.levels.groups"], options)
     network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
-    return Denoiser(network, reference).eval()
+    return Denoiser(network, reference, header.get("noised")).eval()
 
 
 def basis_and_prior(tensors: dict[str, Tensor], header: dict[str, Any]) -> tuple[bases.Basis, Prior]:
@@ -196,7 +199,13 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
         "floor": denoiser.prior.floor,
         "network": denoiser.network.config,
         "reference": denoiser.reference.name,
+        "noised": denoiser.noised,
     }
+
+
+def _halved(name: str, denoiser: Denoiser) -> bool:
+    histograms = isinstance(denoiser.reference, references.Histograms)
+    return name.startswith("network.") or (histograms and name == "table.weight")
 
 
 def _named(denoiser: Denoiser) -> dict[str, Tensor]:

@@ -91,9 +91,10 @@ class GUD:
             r: exponent of the prior, 0 noise of one variance to 1 of the data's; default 0 in pixels, else 1.
             known: share of training images some of whose pixels are known, so that `inpaint` and `extend` work; default
                 a quarter in pixels, else none.
-            reference: what the network need not learn, a name of `references.KINDS`. Default in pixels the better, on
-                held-out images, of `independent gaussian` and `histograms`, else the first; `lattice gaussian` and
-                `grouped gaussian` are for textures, with blocks="columns", and without known pixels.
+            reference: what the network need not learn, a name of `references.KINDS`. Default for blocks of pixels the
+                better, on held-out images, of `independent gaussian` and `histograms`, else the first;
+                `lattice gaussian` and `grouped gaussian` are for textures, with blocks="columns", and without known
+                pixels.
             network: `unet`.
             seed: of the network's weights.
             verbose: print what was chosen.
@@ -105,8 +106,10 @@ class GUD:
         """
         shape = _checked(images, basis, network, a, blocks, b)
         grouped = reference in (GroupedGaussian.name, LatticeGaussian.name)
-        if grouped and (basis, blocks) != ("pixel", "columns"):
+        if grouped and not (basis == "pixel" and blocks in ("columns", ["columns"], ("columns",))):
             raise ValueError(f"reference {reference!r} needs basis='pixel' and blocks='columns'")
+        if reference == Histograms.name and blocks is None:
+            raise ValueError("reference 'histograms' knows grey levels, not dequantised ones: it needs blocks")
         in_pixels = basis == "pixel" and not grouped
         known = (0.25 if in_pixels else 0.0) if known is None else known
         if known and not in_pixels:
@@ -118,7 +121,7 @@ class GUD:
         plain = IndependentGaussian.name
         design = designs.Design("waves" if grouped else kind, r, (low, high), reference=reference or plain)
         fitted = designs.FittedDesign(design, images.cpu(), few=True)
-        if reference is None and basis == "pixel":
+        if reference is None and basis == "pixel" and blocks is not None:
             names = (plain, Histograms.name)
             shuffled = images.cpu()[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
             chosen = references.best(names, fitted.basis, fitted.prior, shuffled)
@@ -161,7 +164,8 @@ class GUD:
 
         Arguments:
             path: the file.
-            half: store the network's weights as float16; samples are then equal to about three digits, not bit for bit.
+            half: store the network's weights, and histograms, as float16; samples are then equal to about three digits,
+                not bit for bit.
         """
         family = self.family.spec if self.family else None
         denoiser.save(self.denoiser, path, half, self.card, family=family, recommended=self.recommended)
@@ -200,7 +204,7 @@ class GUD:
             raise ValueError("a model that was loaded has no images: give train_steps(images=...)")
         settings: dict[str, Any] = {"warmup": max(1, min(100, steps // 5)), "save_every": 100, "seed": 0} | config
         family, network = self._family(), copy.deepcopy(self.denoiser.network).requires_grad_(True).train()
-        mine = Denoiser(network, self.denoiser.reference)
+        mine = Denoiser(network, self.denoiser.reference, self.denoiser.noised)
         settings = {"discrete": self.discrete} | settings
         trainer = Trainer(mine, images, family, TrainingConfig(steps=steps, batch=batch, **settings), checkpoint)
         self.denoiser = trainer.averaged()
@@ -369,7 +373,7 @@ class GUD:
         return isinstance(_innermost(self._family()), Sequential)
 
     def choose_finest(
-        self, images: Pictures, candidates: Sequence[float] = (0.2, 0.25, 1 / 3, 0.4), draws: int = 2, **member: Any
+        self, images: Pictures, candidates: Sequence[float] | None = None, draws: int = 2, **member: Any
     ) -> dict[float, float]:
         """Choose the noise at t = 0 by the bits of training images, for a model that was trained down to the finest.
 
@@ -378,23 +382,38 @@ class GUD:
 
         Arguments:
             images: uint8 (n, c, h, w), of the training set.
-            candidates: standard deviations in grey levels; none should be below what the model was trained for.
+            candidates: standard deviations in grey levels, none below what the model was trained for; default those of
+                0.2, 0.25, 1/3, 0.4, 0.5 that are not.
             draws: as for `likelihood`.
             member: of the family, by which they are compared; default `recommended`.
 
         Returns:
             Bits per dimension of each candidate.
+
+        Raises:
+            ValueError: for candidates below what was trained, or a family without such an end.
         """
-        family, bits = self._family(), {}
-        for candidate in candidates:
-            spec = families.stopping_at(family.spec, candidate / 127.5)
-            self.family = families.rebuild(spec, self.denoiser.basis, self.denoiser.prior).to(self.device)
-            bits[candidate] = self.bits_per_dim(images, draws=draws, **member)
+        family, bits, trained = self._family(), {}, getattr(_innermost(self._family()), "finest", None)
+        if trained is None or families.stopping_at(family.spec, 1.0) == family.spec:
+            raise ValueError("this model's schedules don't say where they stop by the noise at t = 0")
+        least = 127.5 * trained * (1 - 1e-6)
+        candidates = [x for x in (0.2, 0.25, 1 / 3, 0.4, 0.5) if x >= least] if candidates is None else candidates
+        if not candidates or min(candidates) < least:
+            raise ValueError(f"candidates must be at least {127.5 * trained:.3g}, as trained; got {candidates}")
+        try:
+            for candidate in candidates:
+                self.family = self._stopping_at(family, candidate)
+                bits[candidate] = self.bits_per_dim(images, draws=draws, **member)
+        finally:
+            self.family = family
         best = min(bits, key=lambda candidate: bits[candidate])
-        spec = families.stopping_at(family.spec, best / 127.5)
-        self.family = families.rebuild(spec, self.denoiser.basis, self.denoiser.prior).to(self.device)
+        self.family = self._stopping_at(family, best)
         self.card |= {"finest": best}
         return bits
+
+    def _stopping_at(self, family: Family, level: float) -> Family:
+        spec = families.stopping_at(family.spec, level / 127.5)
+        return families.rebuild(spec, self.denoiser.basis, self.denoiser.prior).to(self.device)
 
     def to(self, device: str | torch.device) -> "GUD":
         """The same model, moved to a device."""

@@ -5,9 +5,9 @@ with mean m(chi_t) and standard deviation s(chi_t) of each component, gives a de
 
     eps_hat = (chi_t - alpha m) / sigma,
 
-whose likelihood bound is that distribution's own NLL, along every schedule. A network around it (`gudlib.denoiser`)
-answers in units of s what the reference leaves, m - s F: it learns interactions only, in the sense of mean-field theory
-the corrections to a solvable model. The references here, from what they know:
+whose likelihood bound is that distribution's own NLL, along every schedule, up to what its ends leave. A network around
+it (`gudlib.denoiser`) answers in units of s what the reference leaves, m - s F: it learns interactions only, in the
+sense of mean-field theory the corrections to a solvable model. The references here, from what they know:
 
     IndependentGaussian   mean and variance of each component
     Marginals             the distribution of each component, whatever its shape
@@ -15,8 +15,9 @@ the corrections to a solvable model. The references here, from what they know:
     GroupedGaussian       correlations among columns (or patches), for one component of a column at a time or a few
     LatticeGaussian       these, and the grey levels
 
-The network sees of a reference its mean and each component's *standardised residual*, how far chi_t is from what the
-reference expects there, given everything else; at low noise details are a hundredth of chi_t itself.
+The network sees of a reference its mean and each component's *standardised residual*: how far chi_t is from what is
+expected there, given the other components where the reference knows correlations, in units of the standard deviation.
+At low noise that is the detail which chi_t itself, a hundred times larger, would drown.
 """
 
 import math
@@ -38,6 +39,7 @@ from gudlib.statistics import WITHIN_LEVEL, centres, mirrored
 
 Grey = UInt8[Tensor, "n c h w"]
 LEVELS, HALF = 256, 127.5  # grey levels, and how many of them a unit of the data has (`data.scale`)
+LARGEST = 30_000  # sectors times components: 150 MB of tables
 SILENT = 4.5  # log of noise over signal, beyond which a block counts as noise only
 FEW = 2  # sectors of an image that are told apart at once, the likeliest
 BLUR, PULL = 1.2, 30.0  # of a sector's histograms: over neighbours, in pixels, and towards all images', in images
@@ -49,7 +51,8 @@ class Posterior(NamedTuple):
     Attributes:
         mean: of the white data.
         deviation: standard deviation of each component.
-        residual: of the noised data, given all other components, in units of its standard deviation.
+        residual: of the noised data, in units of their standard deviation; given the other components, if the reference
+            knows correlations.
         eps: the noise that is expected, of the white data, in the process's own components.
     """
 
@@ -90,6 +93,11 @@ class Reference(nn.Module, ABC):
     @abstractmethod
     def posterior(self, white_t: Batch, gamma: Gamma) -> Posterior:
         """Mean, standard deviation and residual given noised white data; gamma broadcasts to them."""
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, basis: Basis, prior: Prior, images: Grey) -> "Reference":
+        """Fitted to images, uint8 (n, c, h, w), for a basis and a prior."""
 
     @abstractmethod
     def nll(self, data: Batch) -> Float[Tensor, " n"]:
@@ -283,6 +291,8 @@ class Histograms(_Pyramid):
                 f"got {tuple(weight.shape)}, smallest {float(weight.min()):.3g}"
             )
         share = weight.new_ones(len(weight)) if share is None else share
+        if share.shape != weight.shape[:1] or not bool((share > 0).all()):
+            raise ValueError(f"share must be ({len(weight)},), one for each sector, positive; got {share.tolist()}")
         self.register_buffer("weight", weight)
         self.register_buffer("share", share)
         weight = weight + 1e-9  # no grey level is impossible
@@ -309,7 +319,13 @@ class Histograms(_Pyramid):
             images: uint8 (n, c, h, w).
             sectors: how many; 1 is one histogram for each pixel.
             seed: of the sectors' first guess.
+
+        Raises:
+            ValueError: if images are not uint8, or sectors fewer than 1 or more than images.
         """
+        _checked(images)
+        if not 1 <= sectors <= len(images):
+            raise ValueError(f"sectors must lie between 1 and the number of images, {len(images)}; got {sectors}")
         x = images.flatten(1).long()
         sector = _sectors(x, sectors, seed) if sectors > 1 else torch.zeros(len(x), dtype=torch.long, device=x.device)
         weight = _smoothed(_counts(x, sector, sectors), basis.shape)
@@ -392,8 +408,9 @@ class Marginals(_Pyramid):
             bins: a power of 2.
 
         Raises:
-            ValueError: if it is none.
+            ValueError: if it is none, or images are not uint8.
         """
+        _checked(images)
         if bins < 2 or bins & (bins - 1):
             raise ValueError(f"bins must be a power of 2, at least 2; got {bins}")
         parts = [basis(centres(part)).flatten(1).double() for part in images.split(1000)]
@@ -412,7 +429,7 @@ class Marginals(_Pyramid):
         mean = torch.where(count > 0, first / count.clamp(min=1), middle)
         inside = second / count.clamp(min=1) - mean.square()
         spread = torch.where(count > 0, inside.clamp(min=0), step[:, None].square() / 12)
-        spread[:, [0, -1]] = (high - low)[:, None].square() / 64  # for what was never seen
+        spread[:, [0, -1]] = ((high - low)[:, None].square() / 64).clamp(min=0.25**2)  # for what was never seen
         near = functional.avg_pool1d(count[:, None], 9, 1, 4)[:, 0]
         weight = 0.9 * count / len(images) + 0.09 * near / near.sum(1, keepdim=True) + 0.01 / bins
         tables = weight, mean, spread + WITHIN_LEVEL, low, step
@@ -500,11 +517,16 @@ class GroupedGaussian(Reference):
             prior: with one scale.
             images: uint8 (n, c, h, w).
             symmetries: average over `mirror` images or `all` eight symmetries of the square, as `priors.measure`.
+
+        Raises:
+            ValueError: if images are not uint8, or fewer, mirror images included, than twice a group's components.
         """
+        _checked(images)
         if not isinstance(basis, Blocks):
             raise ValueError(f"basis must be one of blocks (bases.Blocks); it is {basis.name!r}")
         c, h, _ = basis.shape
-        waves = not basis.size and torch.equal(basis.matrix, Blocks.waves(basis.shape).matrix.to(basis.matrix))
+        cosines = Blocks.waves(basis.shape).matrix.to(basis.matrix) if not basis.size else None
+        waves = cosines is not None and torch.allclose(basis.matrix, cosines, atol=1e-5)
         index = torch.arange(len(basis.matrix), device=images.device)
         members = index.view(c, h).T.contiguous() if waves else index[:, None]
         square, total, count = torch.zeros(()), torch.zeros(()), 0
@@ -513,6 +535,11 @@ class GroupedGaussian(Reference):
             z = basis.split(white).mT[:, members]  # (b, g, m, n)
             flat = z.flatten(2).transpose(0, 1)
             square, total, count = square + flat.mT @ flat, total + z.sum(0), count + len(z)
+        if count < 2 * square.shape[1]:
+            raise ValueError(
+                f"images must be at least {2 * square.shape[1]}, mirror images included, for covariances of "
+                f"{square.shape[1]} components; got {count}"
+            )
         mean = (total / count).mean(2)
         first, each = (total / count).flatten(1), mean.repeat_interleave(total.shape[2], 1)
         cross = first[:, :, None] * each[:, None, :]
@@ -522,8 +549,10 @@ class GroupedGaussian(Reference):
     def posterior(self, white_t: Batch, gamma: Gamma) -> Posterior:
         """As `Reference`, for noise that is the same in all of a block's components; computed in float64.
 
-        Blocks in which hardly a hundredth of the noise is signal, in any direction, are taken to tell nothing.
+        Blocks in which hardly a hundredth of the noise is signal, in any direction, are taken to tell nothing; their
+        deviation is that of the distribution itself.
         """
+        gamma = gamma[None] if gamma.ndim == 3 else gamma
         y, g = self._groups(white_t.double()), self._groups(gamma.double().expand(len(gamma), *white_t.shape[1:]))
         noise, signal = torch.sigmoid(g), torch.sigmoid(-g)
         silent = g > self.loudest.log() + SILENT
@@ -565,7 +594,7 @@ class GroupedGaussian(Reference):
             root = _root(covariance * a[..., :, None] * a[..., None, :], added)
             return (root.mT @ (root @ shifted[..., None]))[..., 0], root.square().sum(-2)
         off, precision = shifted / noise, noise.reciprocal()
-        for i, heard in enumerate(~silent[:, 0]):  # the same components of every group
+        for i, heard in enumerate(~silent.all(1)):
             at = heard.nonzero()[:, 0]
             among = covariance.index_select(1, at).index_select(2, at)
             s, images = a[i, :, at], slice(None) if len(gamma) == 1 else slice(i, i + 1)
@@ -576,7 +605,7 @@ class GroupedGaussian(Reference):
 
     @property
     def _covariance(self) -> Tensor:
-        return self.covariance.double()  # a denoiser keeps it as float32
+        return self.covariance.double()
 
     def _mean(self) -> Tensor:
         return self.mean.double().repeat_interleave(self.covariance.shape[1] // self.mean.shape[1], 1)
@@ -594,7 +623,8 @@ class LatticeGaussian(GroupedGaussian):
 
     Exact for pixels that are independent given the noised image, as they nearly are where the lattice matters, at noise
     of less than a grey level. The probability of an image is that of its cell, one grey level wide in each pixel; for
-    its NLL the cell counts as normal: the density at its centre, blurred by a variance of 1/12.
+    its NLL the cell counts as normal: the density at its centre, blurred by a variance of 1/12. That is close where no
+    pixel can be told from the others to less than a level, as in textures; for flat images it is no code length.
     """
 
     name = "lattice gaussian"
@@ -626,9 +656,9 @@ class LatticeGaussian(GroupedGaussian):
         level = offset + unit * basis.inverse(of_blocks.mean)
         spread = unit * basis.join(basis.split(of_blocks.deviation.square()) @ energy).sqrt()
         window = torch.arange(-self.reach, self.reach + 1, device=level.device)
-        at = level.round()[..., None] + window
+        at = level.round().clamp(0, LEVELS - 1)[..., None] + window
         log = -0.5 * ((at - level[..., None]) / spread.clamp(min=0.02)[..., None]).square()
-        share = log.masked_fill((at < 0) | (at >= LEVELS), -math.inf).nan_to_num(neginf=-1e4).softmax(-1)
+        share = log.masked_fill((at < 0) | (at >= LEVELS), -math.inf).softmax(-1)
         mean = (share * at).sum(-1)
         deviation = (share * (at - mean[..., None]).square()).sum(-1).sqrt()
         fine = spread < 0.3 * self.reach
@@ -660,24 +690,25 @@ def rebuild(name: str, basis: Basis, prior: Prior, tables: dict[str, Tensor]) ->
 
 
 def fit(name: str, basis: Basis, prior: Prior, images: Grey) -> Reference:
-    """A reference by name, fitted to images; histograms in a sector for every 150 images, up to 32.
+    """A reference by name, fitted to images; histograms in a sector for every 150 images, as many as memory allows.
 
     Raises:
-        ValueError: for an unknown name, or a basis or prior that does not suit it.
+        ValueError: for an unknown name, or a basis, prior or images that do not suit it.
     """
     if name == Histograms.name:
-        return Histograms.fit(basis, prior, images, min(max(len(images) // 150, 1), 32))
+        sectors = min(len(images) // 150, 32, LARGEST // images[0].numel())
+        return Histograms.fit(basis, prior, images, max(sectors, 1))
     if name not in KINDS:
         raise ValueError(f"a reference must be one of {sorted(KINDS)}; got {name!r}")
     return KINDS[name].fit(basis, prior, images)
 
 
 def best(names: Sequence[str], basis: Basis, prior: Prior, images: Grey) -> str:
-    """The name of the reference that, fitted to four fifths of the images, has the least NLL on the others.
+    """The name of the reference that, its tables fitted to four fifths of the images, has the least NLL on the others.
 
     Arguments:
         names: to choose from.
-        basis, prior: of all of them.
+        basis, prior: of all of them; the prior's moments, a few numbers, may be those of all images.
         images: uint8 (n, c, h, w), in random order.
     """
     unseen, seen = images.tensor_split([max(len(images) // 5, 1)])
@@ -691,6 +722,11 @@ def best(names: Sequence[str], basis: Basis, prior: Prior, images: Grey) -> str:
             density = reference.nll(dequantise(unseen, generator).double()).mean()
             nats[name] = float(density) + unseen[0].numel() * math.log(128)
     return min(nats, key=lambda name: nats[name])
+
+
+def _checked(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"images must be uint8 (n, c, h, w); got {images.dtype} of shape {tuple(images.shape)}")
 
 
 def _counts(x: Int64[Tensor, "n d"], sector: Int64[Tensor, " n"], sectors: int) -> Float[Tensor, "k d 256"]:
@@ -726,7 +762,8 @@ def _sectors(x: Int64[Tensor, "n d"], sectors: int, seed: int) -> Int64[Tensor, 
     Fitted to at most 5,000 images by expectation and maximisation, from k-means.
     """
     generator, d, bins = torch.Generator().manual_seed(seed), x.shape[1], 9
-    some = x[torch.randperm(len(x), generator=generator)[:5000].to(x.device)]
+    count = min(5000, 40_000_000 // (bins * d))  # 160 MB
+    some = x[torch.randperm(len(x), generator=generator)[: max(count, sectors)].to(x.device)]
 
     def binned(x: Tensor) -> Tensor:
         place = torch.where(x == 0, 0, 1 + x * (bins - 1) // LEVELS) + torch.arange(d, device=x.device) * bins

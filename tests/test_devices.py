@@ -947,7 +947,7 @@ def use_front_door(d, which):
         for place in ("cpu", d):
             results.append(model.inpaint(few.to(place), KNOWN[0].to(place), steps=3))
             results.append(model.extend(few.to(place), 3, progress=False))
-        results.append(model.choose_finest(few, (0.25, 0.4), **once))
+        results.append(model.choose_finest(few, (0.4, 0.6), **once))
     return results
 
 
