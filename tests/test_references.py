@@ -437,6 +437,7 @@ def errors():
     }
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("message", errors())
 def test_bad_input_is_refused(message):
     with pytest.raises(ValueError, match=message):
