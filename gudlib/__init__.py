@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Threads of torch's OpenMP sleep while they wait for one another: spinning, two threads on a busy core stop each other
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "DCT",
     "GUD",
