@@ -53,7 +53,7 @@ def test_the_readmes_program_runs_as_written(tmp_path, monkeypatch):
     model, again, images, test_images = (names[x] for x in ("model", "again", "images", "test_images"))
     assert images.shape == (168, 3, 32, 32) and test_images.shape == (32, 3, 32, 32)
     *losses, bits = (float(x) for x in said.getvalue().split("weights on ")[1].split()[1:])
-    assert len(losses) == 600 and np.mean(losses[-100:]) < 0.9 * np.mean(losses[:100])
+    assert len(losses) == 600 and np.mean(losses[-100:]) < np.mean(losses[:100])
     untrained = gudlib.GUD.fit(images, verbose=False)
     assert bits == model.bits_per_dim(test_images, a=1.0) < untrained.bits_per_dim(test_images, a=1.0)  # it has learnt
     assert torch.equal(again.sample(16, a=1.0), names["pictures"])
