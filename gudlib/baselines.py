@@ -33,8 +33,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gudlib import statistics
-from gudlib.data import dequantise, scale
-from gudlib.likelihood import GREY_LEVEL, bits_per_dim
+from gudlib.likelihood import bits_per_dim
 from gudlib.references import Reference
 
 Grey = UInt8[Tensor, "n c h w"]
@@ -360,12 +359,8 @@ def of(reference: Reference, test: Unseen, name: str | None = None) -> Baseline:
         name: to show; default the reference's own.
     """
     (test,) = _checked(test)
-    if reference.decoder == "discrete":
-        kind, width, x = "grey levels", 1.0, scale(test)
-    else:
-        kind, width, x = "density", GREY_LEVEL, dequantise(test, torch.Generator(test.device).manual_seed(0))
-    nats = torch.cat([reference.nll(part.double()) for part in x.split(CHUNK)])
-    bits = torch.as_tensor(bits_per_dim(nats.double().cpu(), test[0].numel(), width))
+    kind: Literal["grey levels", "density"] = "grey levels" if reference.decoder == "discrete" else "density"
+    bits = reference.bits(test.to(reference.prior.mean.device)).cpu()
     return Baseline(name or reference.name, bits, kind, reference.knows)
 
 

@@ -29,12 +29,9 @@ NETWORKS = ("unet",)
 LARGEST_PCA = 6144  # numbers in a picture; the time for principal components grows with the third power
 EVALUATIONS = 20  # of the network, for each component while it moves
 FINEST_ON_LATTICE = 0.2 / 127.5  # noise at t = 0 if the reference knows grey levels: a fifth of one
-LEVELS_TOLD: dict[
-    bool, dict[str, Any]
-] = {  # how a network is told noise levels, and what it sees: in pixels, elsewhere
-    True: {"conditioning": "local", "maps": True, "fourier": True, "linear": 16},
-    False: {"conditioning": "film", "fourier": True},
-}
+# How a network is told noise levels, and what it sees: in pixels, and elsewhere
+IN_PIXELS = {"conditioning": "local", "maps": True, "fourier": True, "linear": 16}
+ELSEWHERE = {"conditioning": "film", "fourier": True}
 
 
 class GUD:
@@ -124,9 +121,9 @@ class GUD:
         if reference is None and basis == "pixel" and blocks is not None:
             names = (plain, Histograms.name)
             shuffled = images.cpu()[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
-            chosen = references.best(names, fitted.basis, fitted.prior, shuffled)
-            fitted.reference = references.fit(chosen, fitted.basis, fitted.prior, images.cpu())
-        options = _sizes(shape) | {"width": 24 if len(images) < 1000 else 32} | LEVELS_TOLD[basis == "pixel"] | options
+            fitted.reference = references.best(names, fitted.basis, fitted.prior, shuffled)
+        told = IN_PIXELS if basis == "pixel" else ELSEWHERE
+        options = _sizes(shape) | {"width": 24 if len(images) < 1000 else 32} | told | options
         finest = families.FINEST if fitted.reference.decoder == "normal" else FINEST_ON_LATTICE
         family = fitted.family(blocks, b, finest)
         groups: dict[str, Any] = {"groups": 1 if basis == "pixel" else 16}
@@ -135,9 +132,8 @@ class GUD:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             built = denoiser.build(fitted.basis, fitted.prior, **groups, reference=fitted.reference, **options)
-        family = families.rebuild(
-            family.spec, built.basis, built.prior
-        )  # of the prior as the file will have it, float32
+        # Schedules of the prior as the file will have it, in float32
+        family = families.rebuild(family.spec, built.basis, built.prior)
         if known:
             family = Known(Known(family, "columns", known) if _columns(family) else family, "rectangles", known)
         card = {"images": len(images), "of_waves": fitted.of_waves, "seed": seed}

@@ -33,8 +33,10 @@ from torch.nn import functional
 from gudlib.bases import Basis, Blocks, Pixel
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.exact import gaussian_eps
+from gudlib.likelihood import GREY_LEVEL, bits_per_dim
 from gudlib.priors import Prior
 from gudlib.process import Batch, Gamma
+from gudlib.schedules import alpha, sigma
 from gudlib.statistics import WITHIN_LEVEL, centres, mirrored
 
 Grey = UInt8[Tensor, "n c h w"]
@@ -116,10 +118,14 @@ class Reference(nn.Module, ABC):
         """The noise that the reference expects: a model `(white_t, gamma) -> eps_hat` without a network."""
         return self.posterior(white_t, gamma).eps
 
-    def _expected(self, white_t: Batch, gamma: Gamma, mean: Batch) -> Batch:
-        """The noise, if `mean` of `components` is what is expected of the white data."""
-        signal, noise = torch.sigmoid(-gamma), torch.sigmoid(gamma)
-        return (white_t - signal.sqrt() * self.white(mean)) / noise.sqrt()
+    def bits(self, images: Grey) -> Float[Tensor, " n"]:
+        """NLL of each image in bits per dimension; where it is a density, of images dequantised with a fixed seed."""
+        if self.decoder == "discrete":
+            width, data = 1.0, scale(images)
+        else:
+            width, data = GREY_LEVEL, dequantise(images, torch.Generator(images.device).manual_seed(0))
+        nats = torch.cat([self.nll(part.double()) for part in data.split(1024)])
+        return torch.as_tensor(bits_per_dim(nats.double(), images[0].numel(), width))
 
 
 class IndependentGaussian(Reference):
@@ -664,8 +670,8 @@ class LatticeGaussian(GroupedGaussian):
         fine = spread < 0.3 * self.reach
         mean, deviation = torch.where(fine, mean, level), torch.where(fine, deviation.clamp(min=1e-4), spread)
         white = (mean - offset) / unit
-        residual, eps = basis.inverse(of_blocks.residual), self._expected(white_t, gamma, white)
-        return Posterior(white, deviation / unit, residual, eps)
+        eps = (white_t - alpha(gamma) * self.white(white)) / sigma(gamma)
+        return Posterior(white, deviation / unit, basis.inverse(of_blocks.residual), eps)
 
 
 def _root(matrix: Float[Tensor, "*b k k"], diagonal: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k k"]:
@@ -703,8 +709,8 @@ def fit(name: str, basis: Basis, prior: Prior, images: Grey) -> Reference:
     return KINDS[name].fit(basis, prior, images)
 
 
-def best(names: Sequence[str], basis: Basis, prior: Prior, images: Grey) -> str:
-    """The name of the reference that, its tables fitted to four fifths of the images, has the least NLL on the others.
+def best(names: Sequence[str], basis: Basis, prior: Prior, images: Grey) -> Reference:
+    """The reference that, fitted to four fifths of the images, has the least NLL on the others; fitted to all.
 
     Arguments:
         names: to choose from.
@@ -712,16 +718,8 @@ def best(names: Sequence[str], basis: Basis, prior: Prior, images: Grey) -> str:
         images: uint8 (n, c, h, w), in random order.
     """
     unseen, seen = images.tensor_split([max(len(images) // 5, 1)])
-    unseen, nats = unseen[:500], {}
-    for name in names:
-        reference = fit(name, basis, prior, seen)
-        if reference.decoder == "discrete":
-            nats[name] = float(reference.nll(scale(unseen).double()).mean())
-        else:  # a density of numbers in [-1, 1), in bins of 1/128
-            generator = torch.Generator(images.device).manual_seed(0)
-            density = reference.nll(dequantise(unseen, generator).double()).mean()
-            nats[name] = float(density) + unseen[0].numel() * math.log(128)
-    return min(nats, key=lambda name: nats[name])
+    bits = {name: float(fit(name, basis, prior, seen).bits(unseen[:500]).mean()) for name in names}
+    return fit(min(bits, key=lambda name: bits[name]), basis, prior, images)
 
 
 def _checked(images: Tensor) -> None:

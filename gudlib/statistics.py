@@ -25,6 +25,7 @@ Plane = tuple[int, int]  # the dimensions that hold height and width
 
 WITHIN_LEVEL = 1 / (12 * 128**2)  # variance of the noise within a grey level, in squared units of the data
 CHUNK = 1024  # images at a time
+SYMMETRIES = ("none", "mirror", "all")
 
 
 def centres(images: Images) -> Float[Tensor, "b c h w"]:
@@ -45,6 +46,18 @@ def mirrored(images: Images, symmetries: str = "none") -> Float[Tensor, "gb c h 
     """
     for move in _moves(symmetries, images.shape):
         images = torch.cat([images, move(images, (2, 3))])
+    return images
+
+
+def randomly_mirrored(images: Images, symmetries: str, generator: torch.Generator) -> Images:
+    """Each image (b, c, h, w) after one of its symmetries, drawn at random; what `mirrored` gives all of.
+
+    Raises:
+        ValueError: as `mirrored`.
+    """
+    for move in _moves(symmetries, images.shape):
+        moved = torch.randint(2, (len(images), 1, 1, 1), generator=generator, device=images.device) > 0
+        images = torch.where(moved, move(images, (2, 3)), images)
     return images
 
 
@@ -91,14 +104,11 @@ def covariance(
 
 def _moves(symmetries: str, shape: torch.Size) -> list[Callable[..., Tensor]]:
     """Symmetries whose products are all of them, each a function of a tensor and the planes that it moves."""
-    known: dict[str, list[Callable[..., Tensor]]] = {
-        "none": [], "mirror": [_left_right], "all": [_left_right, _up_down, _transposed],
-    }  # fmt: skip
-    if symmetries not in known:
-        raise ValueError(f"symmetries must be one of {tuple(known)}; got {symmetries!r}")
+    if symmetries not in SYMMETRIES:
+        raise ValueError(f"symmetries must be one of {SYMMETRIES}; got {symmetries!r}")
     if symmetries == "all" and shape[-2] != shape[-1]:
         raise ValueError(f"symmetries 'all' are those of square images; got height {shape[-2]}, width {shape[-1]}")
-    return known[symmetries]
+    return [_left_right, _up_down, _transposed][: (0, 1, 3)[SYMMETRIES.index(symmetries)]]
 
 
 def _left_right(x: Tensor, *planes: Plane) -> Tensor:

@@ -43,7 +43,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from gudlib import devices
+from gudlib import devices, statistics
 from gudlib.data import dequantise, scale
 from gudlib.denoiser import Denoiser, describe
 from gudlib.families import Draw, Family, stratified_times
@@ -53,7 +53,6 @@ from gudlib.process import Batch, Model, diffuse
 from gudlib.schedules import Schedule, Time
 
 WEIGHTINGS = ("plain", "likelihood", "answer")
-SYMMETRIES = {"none": 0, "mirror": 1, "all": 3}  # mirror images whose products are all of them
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,9 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if not (self.lr > 0 and 0 <= self.ema < 1):
             raise ValueError(f"lr must be positive and ema in [0, 1); got {self.lr} and {self.ema}")
-        for name, known in (("weighting", WEIGHTINGS), ("symmetries", SYMMETRIES)):
+        for name, known in (("weighting", WEIGHTINGS), ("symmetries", statistics.SYMMETRIES)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {tuple(known)}; got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}")
 
 
 class Record:
@@ -233,11 +232,7 @@ class Loop(ABC):
 
     def data(self, which: Int64[Tensor, " b"], generator: torch.Generator) -> Batch:
         """Those images as data (b, c, h, w): after a random symmetry, dequantised or not, as the configuration says."""
-        images = self.images[which]
-        moves = (lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.mT)[: SYMMETRIES[self.config.symmetries]]
-        for move in moves:
-            moved = torch.randint(2, (len(images), 1, 1, 1), generator=generator, device=images.device) > 0
-            images = torch.where(moved, move(images), images)
+        images = statistics.randomly_mirrored(self.images[which], self.config.symmetries, generator)
         return scale(images) if self.config.discrete else dequantise(images, generator)
 
     def weighted(self, error: Batch, schedule: Schedule, t: Time, part: slice = slice(None)) -> Tensor:

@@ -93,7 +93,7 @@ EXEMPT = {
 # What gives tensors on the CPU wherever it computes, and says so or is tables of the host
 ON_CPU = {
     "baselines.Baseline", "baselines.context_table", "baselines.frame", "baselines.histograms", "baselines.neighbours",
-    "baselines.normal", "baselines.regression", "baselines.table", "baselines.webp",
+    "baselines.normal", "baselines.of", "baselines.regression", "baselines.table", "baselines.webp",
     "denoiser.read_saved", "denoiser.save", "designs.score", "families.known", "lattice.couplings", "lattice.momenta",
     "likelihood.Likelihood", "likelihood.bound", "likelihood.flow", "mar.likelihood.ChainRuleLikelihood",
     "mar.likelihood.chain_rule_bound", "mar.model.save", "model.GUD", "networks.energies", "samplers.time_grid",
@@ -281,7 +281,8 @@ def use_reference(d, kind):
     white = normals(d)[:2]
     found = made.posterior(white, gamma)
     rebuilt = references.rebuild(made.name, made.basis, made.prior, tables_of(made))
-    return *found, made(white, gamma), rebuilt(white, gamma), made.nll(x.double()), made.white(made.components(white))
+    found = *found, made(white, gamma), rebuilt(white, gamma), made.white(made.components(white))
+    return *found, made.nll(x.double()), made.bits(IMAGES[:3].to(d))
 
 
 def tables_of(made):
@@ -296,8 +297,8 @@ PROBES |= {
         reference(d, "Marginals").posterior(normals(d), torch.zeros(1, *SHAPE).to(d))
     ),
     "references.fit": lambda d: references.fit("marginals", bases.DCT(SHAPE).to(d), prior_on(d), IMAGES.to(d)).weight,
-    "references.best": lambda d: references.best(
-        ["histograms", "independent gaussian"], bases.Pixel(SHAPE), prior_on(d), IMAGES.to(d)
+    "references.best": lambda d: (
+        references.best(["histograms", "independent gaussian"], bases.Pixel(SHAPE), prior_on(d), IMAGES.to(d)).name
     ),
     "references.rebuild": lambda d: references.rebuild(
         "histograms", bases.Pixel(SHAPE), prior_on(d), tables_of(reference(d, "Histograms"))
@@ -720,6 +721,7 @@ PROBES |= {
     "statistics.centres": lambda d: statistics.centres(IMAGES.to(d)),
     "statistics.covariance": lambda d: statistics.covariance(photos(d), "mirror"),
     "statistics.covariance: grey levels": lambda d: statistics.covariance(IMAGES.to(d), "mirror", per_channel=True),
+    "statistics.randomly_mirrored": lambda d: statistics.randomly_mirrored(IMAGES.to(d), "mirror", gen(d)),
     "statistics.mirrored": lambda d: statistics.mirrored(IMAGES[..., :4].to(d), "all"),
     "process.from_eps": lambda d: use_kind(d, "v"),
     "process.diffuse": lambda d: process.diffuse(normals(d), normals(d, 1), normals(d, 2)),

@@ -244,3 +244,13 @@ def test_impossible_families_are_refused_with_their_values():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_all_components_of_a_block_have_one_noise_level():
+    basis = bases.Blocks.waves((2, 3, 4))
+    uneven = priors.Moments(torch.zeros(2, 3, 4), torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)) + 0.1)
+    family = families.Sequential(basis, priors.isotropic(uneven), "columns")
+    gamma = family.schedule(0.5).gamma(torch.linspace(0, 1, 5, dtype=torch.float64))
+    torch.testing.assert_close(gamma, gamma[:, :1, :1].expand_as(gamma))
+    top = family.gamma_max_target + uneven.variance.double().mean().log()
+    torch.testing.assert_close(gamma[-1], torch.full_like(gamma[-1], top))

@@ -67,6 +67,15 @@ def brute(weight, values, variance, z, s):
     return mean, (second - mean.square()).clamp(min=0).sqrt()
 
 
+def noised(reference, x, gamma, unit, offset):
+    """Data noised to one level: white_t, gamma, and z = x + s eps with s, flattened, `unit` to a white unit."""
+    white = reference.prior.whiten(reference.basis(x.double()))
+    g = torch.full_like(white, gamma)
+    white_t = diffuse(white, g, randn(*white.shape, seed=2))
+    z = offset + unit * white_t.flatten(1) * math.sqrt(1 + math.exp(gamma))
+    return white_t, g, z, (unit * math.exp(gamma / 2)).expand_as(z)
+
+
 # Posteriors
 
 
@@ -94,14 +103,9 @@ def test_histograms_have_the_posterior_of_all_levels_of_grey(gamma):
     images = pictures()
     basis, prior = of_pixels(images)
     reference = Histograms.fit(basis, prior, images, sectors=1)
-    white = prior.whiten(basis(data.scale(images[:40]).double()))
-    g = torch.full_like(white, gamma)
-    white_t = diffuse(white, g, randn(40, *SHAPE, seed=2))
+    grey, unit, offset = torch.arange(256.0).double(), prior.scale.flatten() * HALF, (prior.mean.flatten() + 1) * HALF
+    white_t, g, z, s = noised(reference, data.scale(images[:40]), gamma, unit, offset)
     got = reference.posterior(white_t, g)
-    grey, unit = torch.arange(256, dtype=torch.float64), prior.scale.flatten() * HALF
-    offset = (prior.mean.flatten() + 1) * HALF
-    s = unit * math.exp(gamma / 2) * torch.ones(40, 1, dtype=torch.float64)
-    z = offset + unit * white_t.flatten(1) * math.sqrt(1 + math.exp(gamma))
     weight = reference.weight[0].flatten(0, 2).double()
     mean, deviation = brute(weight, grey.expand_as(weight), torch.zeros_like(weight), z, s)
     spread = deviation.square().mean().sqrt() / unit.mean()
@@ -115,12 +119,8 @@ def test_a_components_posterior_mixes_sectors_by_the_evidence_of_the_others(gamm
     images = pictures()
     basis, prior = of_pixels(images)
     reference = Histograms.fit(basis, prior, images, sectors=2)
-    white = prior.whiten(basis(data.scale(images[:60]).double()))
-    g = torch.full_like(white, gamma)
-    white_t = diffuse(white, g, randn(60, *SHAPE, seed=2))
     grey, unit, offset = torch.arange(256.0).double(), prior.scale.flatten() * HALF, (prior.mean.flatten() + 1) * HALF
-    s = (unit * math.exp(gamma / 2)).expand(60, -1)
-    z = offset + unit * white_t.flatten(1) * math.sqrt(1 + math.exp(gamma))
+    white_t, g, z, s = noised(reference, data.scale(images[:60]), gamma, unit, offset)
     weight = reference.weight.flatten(1, 3).double()  # (sectors, d, 256)
     log = weight.log()[:, None] - 0.5 * ((z[..., None] - grey) / s[..., None]).square()  # (sectors, b, d, 256)
     evidence = log.logsumexp(-1).sum(-1) + reference.share.double().log()[:, None]
@@ -128,8 +128,24 @@ def test_a_components_posterior_mixes_sectors_by_the_evidence_of_the_others(gamm
     means = torch.stack([brute(w, grey.expand_as(w), torch.zeros_like(w), z, s)[0] for w in weight])
     mean = (sector[..., None] * means).sum(0)
     off = (reference.posterior(white_t, g).mean.flatten(1) - (mean - offset) / unit).square().mean().sqrt()
-    error = (mean - data.to_uint8(prior.unwhiten(white)).flatten(1).double()).square().mean().sqrt() / unit.mean()
+    error = (mean - images[:60].flatten(1).double()).square().mean().sqrt() / unit.mean()
     assert off < 0.12 * error
+
+
+@pytest.mark.parametrize("gamma", [-1.0, 0.0, 2.0])
+def test_a_pixel_without_others_keeps_the_sectors_shares(gamma):
+    """Its own evidence counts within each sector's posterior, and not once more for the sector."""
+    grey, basis = torch.arange(256.0).double(), bases.Pixel((1, 1, 1))
+    prior = priors.isotropic(priors.Moments(torch.zeros(1, 1, 1), torch.ones(1, 1, 1)), 0.7)
+    sectors = torch.stack([(-0.5 * ((grey - m) / 30) ** 2).exp() for m in (60, 180)]).float().view(2, 1, 1, 1, 256)
+    sectors, share = sectors / sectors.sum(-1, keepdim=True), torch.tensor([0.8, 0.2])
+    reference, unit, offset = Histograms(basis, prior, sectors, share), torch.tensor([0.7 * HALF]), torch.tensor([HALF])
+    x = data.scale(torch.arange(0, 256, 5, dtype=torch.uint8)).view(-1, 1, 1, 1)
+    white_t, g, z, s = noised(reference, x, gamma, unit.double(), offset.double())
+    both = (share.view(2, 1) * sectors.view(2, 256)).sum(0, keepdim=True).double()
+    mean, deviation = brute(both, grey[None], torch.zeros(1, 256).double(), z, s)
+    off = unit * reference.posterior(white_t, g).mean.flatten(1) + offset - mean
+    assert off.square().mean().sqrt() < 0.02 * deviation.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("gamma", [-9.0, -5.0, -1.0, 3.0])
@@ -139,12 +155,9 @@ def test_marginals_have_the_posterior_of_all_their_normals(kind, gamma):
     basis = bases.Haar(SHAPE, 2) if kind == "haar" else bases.PCA.fit(images)
     prior = priors.whitened(priors.measure(basis, images))
     reference = Marginals.fit(basis, prior, images)
-    white = prior.whiten(basis(data.dequantise(images[:40], torch.Generator().manual_seed(0)).double()))
-    g = torch.full_like(white, gamma)
-    white_t = diffuse(white, g, randn(40, *SHAPE, seed=2))
     unit, offset = prior.scale.flatten(), prior.mean.flatten()
-    s = (unit * math.exp(gamma / 2)).expand(40, -1)
-    z = offset + unit * white_t.flatten(1) * math.sqrt(1 + math.exp(gamma))
+    x = data.dequantise(images[:40], torch.Generator().manual_seed(0))
+    white_t, g, z, s = noised(reference, x, gamma, unit, offset)
     tables = (x.flatten(0, 2).double() for x in (reference.weight, reference.mean, reference.variance))
     mean, deviation = brute(*tables, z, s)
     got = reference.posterior(white_t, g)
@@ -206,6 +219,22 @@ def test_a_grouped_normals_nll_is_its_density():
     expected = -torch.distributions.MultivariateNormal(mean.flatten(), covariance).log_prob(white)
     expected += reference.prior.scale.log().sum()
     torch.testing.assert_close(reference.nll(x), expected, rtol=1e-10, atol=1e-9)
+
+
+def test_on_the_lattice_the_nll_is_that_of_grey_levels():
+    """They sum to one, and a cell's width adds 1/12 to the variance."""
+    basis, scale = bases.Blocks(torch.eye(1, dtype=torch.float64), (1, 1, 1)), 0.5
+    moments = priors.Moments(torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64))
+    variance = 0.6 / (HALF * scale) ** 2  # of 0.6 squared grey levels
+    made = LatticeGaussian(basis, priors.isotropic(moments, scale), torch.zeros(1, 1, dtype=torch.long),
+                           torch.full((1, 1, 1), variance), torch.zeros(1, 1))  # fmt: skip
+    grey = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1)
+    probability = (-made.nll(data.scale(grey).double())).exp()
+    level = grey.flatten().double()
+    mean = (probability * level).sum()
+    assert float(probability.sum()) == pytest.approx(1, abs=1e-4)
+    assert float(mean) == pytest.approx(HALF, abs=1e-2)
+    assert float((probability * (level - mean).square()).sum()) == pytest.approx(0.6 + 1 / 12, abs=1e-3)
 
 
 def test_independent_normals_nll_is_their_density():
