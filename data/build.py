@@ -3,6 +3,9 @@
 DIR holds Fashion-MNIST's four idx files (Debian's package dataset-fashion-mnist puts them in
 /usr/share/datasets/fashion-mnist) and FILE is scikit-image's immunohistochemistry picture (skimage/data/ihc.png in
 its wheel). They must have the sums below. The result lies next to this script; two runs write the same bytes.
+
+With --full FOLDER instead of --picture, all 70,000 garments are written to FOLDER/fashion_mnist_full, where
+`GUDLIB_DATA=FOLDER` lets `gudlib.data.load("fashion_mnist_full", split)` find them.
 """
 
 import argparse
@@ -27,7 +30,7 @@ INPUTS = {
     "ihc.png": "f8dd1aa387ddd1f49d8ad13b50921b237df8e9b262606d258770687b0ef93cef",
 }
 CLASSES = "T - shirt / top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")  # as the hub's
-PER_CLASS = {"train": 1000, "test": 200}  # the first of each class, in the original order
+PER_CLASS: dict[str, int | None] = {"train": 1000, "test": 200}  # the first of each class, in the original order
 TRAIN_COLUMNS = 384  # of the picture's 512: train is left of this line, test right of it
 
 
@@ -46,30 +49,30 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write(name: str, split: str, columns: dict[str, list], features: Features) -> None:
-    """Write `<name>/<split>.parquet`, with checksums and with the features in Hugging Face's metadata."""
-    path = HERE / name / f"{split}.parquet"
-    path.parent.mkdir(exist_ok=True)
+def write(folder: Path, split: str, columns: dict[str, list], features: Features) -> None:
+    """Write `<folder>/<split>.parquet`, with checksums and with the features in Hugging Face's metadata."""
+    path = folder / f"{split}.parquet"
+    path.parent.mkdir(exist_ok=True, parents=True)
     table = pa.table(columns, schema=features.arrow_schema)
     pq.write_table(
         table, path, compression="zstd", compression_level=19, use_dictionary=False, write_page_checksum=True
     )
-    print(f"{path.relative_to(HERE)}: {table.num_rows:,} rows, {path.stat().st_size / 1e6:.2f} MB")
+    print(f"{folder.name}/{path.name}: {table.num_rows:,} rows, {path.stat().st_size / 1e6:.2f} MB")
 
 
-def fashion(folder: Path) -> None:
-    """Fashion-MNIST: the first images of every class, kept in the original order."""
+def fashion(folder: Path, target: Path, per_class: dict[str, int | None]) -> None:
+    """Fashion-MNIST: the first images of every class, or all, kept in the original order."""
     for split, prefix in (("train", "train"), ("test", "t10k")):
         labels, images = (
             np.frombuffer(gzip.decompress(read(folder / f"{prefix}-{file}.gz"))[header:], np.uint8)
             for file, header in (("labels-idx1-ubyte", 8), ("images-idx3-ubyte", 16))
         )
         images = images.reshape(len(labels), 28, 28)
-        first = [np.flatnonzero(labels == c)[: PER_CLASS[split]] for c in range(len(CLASSES))]
+        first = [np.flatnonzero(labels == c)[: per_class[split]] for c in range(len(CLASSES))]
         rows = np.sort(np.concatenate(first))
         cells = [{"bytes": png(images[row]), "path": None} for row in rows]
         features = Features({"image": ImageFeature(), "label": ClassLabel(names=CLASSES)})
-        write("fashion_mnist", split, {"image": cells, "label": labels[rows].tolist()}, features)
+        write(target, split, {"image": cells, "label": labels[rows].tolist()}, features)
 
 
 def histology(picture: Path) -> None:
@@ -77,7 +80,7 @@ def histology(picture: Path) -> None:
     pixels = np.asarray(Image.open(io.BytesIO(read(picture))))  # (512, 512, 3)
     for split, region in (("train", pixels[:, :TRAIN_COLUMNS]), ("test", pixels[:, TRAIN_COLUMNS:])):
         columns = {"image": [{"bytes": png(np.ascontiguousarray(region)), "path": None}]}
-        write("histology", split, columns, Features({"image": ImageFeature()}))
+        write(HERE / "histology", split, columns, Features({"image": ImageFeature()}))
 
 
 def sums() -> None:
@@ -91,8 +94,13 @@ def sums() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fashion", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--picture", type=Path, required=True, metavar="FILE")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--picture", type=Path, metavar="FILE")
+    what.add_argument("--full", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
-    fashion(arguments.fashion)
-    histology(arguments.picture)
-    sums()
+    if arguments.full:
+        fashion(arguments.fashion, arguments.full / "fashion_mnist_full", {"train": None, "test": None})
+    else:
+        fashion(arguments.fashion, HERE / "fashion_mnist", PER_CLASS)
+        histology(arguments.picture)
+        sums()

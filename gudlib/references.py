@@ -764,19 +764,20 @@ def _sectors(x: Int64[Tensor, "n d"], sectors: int, seed: int) -> Int64[Tensor, 
     some = x[torch.randperm(len(x), generator=generator)[: max(count, sectors)].to(x.device)]
 
     def binned(x: Tensor) -> Tensor:
-        place = torch.where(x == 0, 0, 1 + x * (bins - 1) // LEVELS) + torch.arange(d, device=x.device) * bins
-        return torch.zeros(len(x), d * bins, device=x.device).scatter_(1, place, 1.0)
+        return torch.where(x == 0, 0, 1 + x * (bins - 1) // LEVELS) + torch.arange(d, device=x.device) * bins
 
-    pixels, ones = some.float(), binned(some)
+    pixels, ones = some.float(), torch.zeros(len(some), d * bins, device=x.device).scatter_(1, binned(some), 1.0)
     centres = pixels[:sectors]
-    share = pixels.new_zeros(len(some), sectors)
+    share, usual = pixels.new_zeros(len(some), sectors), ones.mean(0)
     for _ in range(6):
         share = functional.one_hot(torch.cdist(pixels, centres).argmin(1), sectors).float()
         centres = share.T @ pixels / share.sum(0)[:, None].clamp(min=1)
     log, log_share = ones[:0], ones[:0]
     for _ in range(10):
         size = share.sum(0)
-        log = ((share.T @ ones + 8 * ones.mean(0)) / (size + 8)[:, None]).clamp(min=1e-9).log()
+        log = ((share.T @ ones + 8 * usual) / (size + 8)[:, None]).clamp(min=1e-9).log()
         log_share = ((size + 1) / (size + 1).sum()).log()
         share = (ones @ log.T + log_share).softmax(1)
-    return torch.cat([(binned(part) @ log.T + log_share).argmax(1) for part in x.split(2000)])
+    log = log.T.contiguous()
+    each = [functional.embedding_bag(binned(part), log, mode="sum") + log_share for part in x.split(2000)]
+    return torch.cat(each).argmax(1)
