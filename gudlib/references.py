@@ -575,6 +575,28 @@ class GroupedGaussian(Reference):
         """As `Reference`: a density, of images with the dequantisation noise."""
         return self._density(data, WITHIN_LEVEL)
 
+    def stationary(self) -> "GroupedGaussian":
+        """The same with covariances that depend on how far two columns are apart, not on where they are.
+
+        Pictures that grow (`samplers.extend`) need it: what a window's covariances say of its columns must hold for all
+        columns to come, or errors add up. Covariances are averaged over places and continued periodically, one lag
+        after the last; where a wave of columns would have less than the variance of `added` noise it gets that.
+
+        Raises:
+            ValueError: if the blocks are not columns.
+        """
+        if self.basis.size:
+            raise ValueError(f"blocks must be columns; they are patches of {self.basis.size}")
+        n, (g, k, _) = self.basis.shape[2], self.covariance.shape
+        by_place = self._covariance.view(g, k // n, n, k // n, n)
+        lags = torch.stack([by_place.diagonal(d, 2, 4).mean(-1) for d in (*range(n), *range(1 - n, 0))], 1)
+        spectrum, vectors = torch.linalg.eigh(torch.fft.fft(lags, dim=1))
+        spectrum = spectrum.clamp(min=self.added / float(self._unit) ** 2)
+        lags = torch.fft.ifft((vectors * spectrum[..., None, :]) @ vectors.mH, dim=1).real
+        column = torch.arange(n, device=lags.device)
+        covariance = lags[:, (column - column[:, None]) % (2 * n - 1)].permute(0, 3, 1, 4, 2).reshape(g, k, k)
+        return type(self)(self.basis, self.prior, self.members, covariance, self.mean)
+
     def _density(self, data: Batch, added: float) -> Float[Tensor, " n"]:
         """-log density with noise of a variance (data units) added to the distribution."""
         y = self._groups(self.prior.whiten(self.basis(data)).double()) - self._mean()

@@ -53,6 +53,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gudlib.bases import Blocks, Pixel
 from gudlib.process import Batch, Gamma, Model, Process, diffuse, from_eps
 from gudlib.schedules import alpha, held, sigma
 
@@ -412,8 +413,8 @@ def extend(
 
     Arguments:
         model: `(white_t, gamma) -> eps_hat` for the window.
-        process: of the window, with pixel basis, a prior that is the same for all columns, and a schedule that is
-            `schedules.sequential` in the column.
+        process: of the window, in pixels or in `bases.Blocks` of columns, with a prior that is the same for all
+            columns, and a schedule that is `schedules.sequential` in the column.
         images: what to extend, in units of the data; only the last `context` columns matter.
         context: number of finished columns that the model is shown at least, at all times.
         steps: updates for each new column. While a column moves, `steps` times as many happen as columns move at once.
@@ -428,8 +429,12 @@ def extend(
     """
     update, prior, width = _method(method), process.prior, process.schedule.shape[-1]
     same = [bool((x - x[..., :1]).abs().max() <= 1e-6 * x.abs().max()) for x in (prior.mean, prior.scale)]
-    if process.basis.name != "pixel" or not all(same):
-        raise ValueError(f"process must have pixels and a prior the same for all columns; got {process.basis.name}")
+    of_columns = isinstance(process.basis, Pixel) or (isinstance(process.basis, Blocks) and not process.basis.size)
+    if not of_columns or not all(same):
+        raise ValueError(
+            "process must have pixels, or blocks that are columns, and a prior the same for all columns; "
+            f"got {process.basis.name}"
+        )
     kinks = process.schedule.kinks
     lag = float(kinks[0]) if len(kinks) else 1.0
     t = torch.tensor([0.3, 0.5, 0.8], dtype=torch.float64) * (1 - lag) + lag

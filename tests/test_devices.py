@@ -282,6 +282,8 @@ def use_reference(d, kind):
     found = made.posterior(white, gamma)
     rebuilt = references.rebuild(made.name, made.basis, made.prior, tables_of(made))
     found = *found, made(white, gamma), rebuilt(white, gamma), made.white(made.components(white))
+    if isinstance(made, references.GroupedGaussian):
+        found = *found, made.stationary().covariance
     return *found, made.nll(x.double()), made.bits(IMAGES[:3].to(d))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gudlib as gud
-from gudlib import data, denoiser, families, likelihood, samplers
+from gudlib import baselines, data, denoiser, families, likelihood, samplers
 from gudlib.data import dequantise
 from gudlib.files import CHECKPOINTS, read_tensors
 from gudlib.model import GUD
@@ -366,6 +366,17 @@ def test_shipped_files_open_here_or_say_what_opens_them(path):
     else:
         model = GUD.load(path)
         assert model.sample(1, steps=2).shape == (1, *model.denoiser.basis.shape)
+
+
+def test_shipped_models_beat_what_needs_no_network():
+    train, test = data.load("fashion_mnist", "train").images, data.load("fashion_mnist", "test").images[::20]
+    table = baselines.context_table(train, test).bits
+    for name, member in (("pca", {"a": 1.0}), ("columns", {"b": 1.0}), ("columns", {"b": 0.5})):
+        found = GUD.load(CHECKPOINTS / f"fashion_{name}.safetensors").likelihood(test, draws=2, **member)
+        gain = table - found.nats.mean(0) / (found.dims * math.log(2))
+        assert gain.mean() > 2 * gain.std() / len(gain) ** 0.5 and gain.mean() < 0.5
+    tissue = GUD.load(CHECKPOINTS / "histology_columns.safetensors").denoiser.reference
+    assert 2.79 < tissue.bits(data.load("histology", "test").images).mean() < 2.82
 
 
 def test_what_is_recommended_is_kept_and_used(tmp_path):

@@ -377,6 +377,19 @@ def test_grouped_normals_are_fitted_to_all_mirror_images(symmetries):
     torch.testing.assert_close(got.covariance, z.mT @ z / z.shape[1], rtol=1e-4, atol=1e-6)
 
 
+def test_stationary_covariances_depend_on_how_far_columns_are_apart():
+    reference, _, _ = of_columns((2, 3, 5))
+    found = reference.stationary()
+    by_place = found.covariance.view(3, 2, 5, 2, 5)
+    torch.testing.assert_close(by_place[:, :, :-1, :, :-1], by_place[:, :, 1:, :, 1:], rtol=0, atol=1e-12)
+    assert torch.linalg.eigvalsh(found.covariance).min() > 0.99 * reference.added / 0.5**2
+    torch.testing.assert_close(found.stationary().covariance, found.covariance, rtol=0, atol=1e-12)
+    uneven = torch.rand(3, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
+    reference.covariance.copy_(torch.diag_embed(uneven))
+    mean = uneven.view(3, 2, 5).mean(2).repeat_interleave(5, 1)
+    torch.testing.assert_close(reference.stationary().covariance, torch.diag_embed(mean), rtol=0, atol=1e-12)
+
+
 def test_every_reference_is_kept_with_its_denoiser(tmp_path):
     images = pictures(200)
     basis, prior = of_pixels(images)
@@ -463,6 +476,9 @@ def errors():
         "images must be uint8": lambda: Marginals.fit(haar, uneven, images.float()),
         "images must be at least 8, mirror": lambda: GroupedGaussian.fit(blocks, even, images[:6]),
         "symmetries must be one of": lambda: GroupedGaussian.fit(blocks, even, images, "some"),
+        "blocks must be columns; they are patches of 2": lambda: GroupedGaussian(
+            bases.Blocks(torch.eye(4), SHAPE, 2), even, member, eye, one
+        ).stationary(),
     }
 
 

@@ -340,6 +340,24 @@ def test_only_the_last_columns_matter_and_the_generator_settles_the_rest(known):
     assert torch.equal(parts[0][..., :1], next(default))
 
 
+def test_blocks_that_are_columns_grow_as_their_pixels_do(monkeypatch):
+    images, (model, pixels) = randn(3, 1, 4, 20), window(LONG, 0.3, height=4)
+    waves, prior = bases.Blocks.waves((1, 4, W)), pixels.prior
+    moments = priors.Moments(waves(prior.mean[None])[0], prior.moments.variance)
+    columns = Process(waves, priors.Prior(moments, prior.scale), pixels.schedule)
+
+    def turned(white_t, gamma):
+        return waves(model(waves.inverse(white_t), gamma))
+
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: torch.zeros(shape, dtype=torch.float64))
+    strips = [
+        torch.cat(list(islice(samplers.extend(net, process, images, 2, method="ddim"), 6)), dim=-1)
+        for net, process in ((model, pixels), (turned, columns))
+    ]
+    torch.testing.assert_close(strips[1], strips[0], rtol=0, atol=1e-5)
+    assert strips[0].std() > 1e-2
+
+
 @pytest.mark.parametrize("conditioning", ["map", "grouped"])
 def test_a_network_extends_colour_pictures(conditioning):
     textures = torch.randint(0, 256, (40, 3, 8, W), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -366,7 +384,7 @@ def test_strips_that_cannot_be_made_are_refused():
     patches, raster = (schedules.sequential(schedules.patch_order(tall, size), 0.3) for size in (2, 1))
     columns = "schedule of columns, each a lag behind its left"
     cases = [
-        (dict(process=Process(bases.DCT(shape), prior, process.schedule)), "pixels and a prior the same .*; got dct"),
+        (dict(process=Process(bases.DCT(shape), prior, process.schedule)), "pixels, or blocks that are columns, and a prior the same .*; got dct"),
         (dict(process=with_prior(prior.mean + column, prior.scale)), "prior the same for all columns; got pixel"),
         (dict(process=with_prior(prior.mean, prior.scale + column)), "prior the same for all columns"),
         *((dict(process=Process(bases.Pixel(tall), square, path)), columns) for path in (rows, patches)),
