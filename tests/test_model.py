@@ -372,9 +372,10 @@ def test_shipped_models_beat_what_needs_no_network():
     train, test = data.load("fashion_mnist", "train").images, data.load("fashion_mnist", "test").images[::20]
     table = baselines.context_table(train, test).bits
     for name, member in (("pca", {"a": 1.0}), ("columns", {"b": 1.0}), ("columns", {"b": 0.5})):
-        found = GUD.load(CHECKPOINTS / f"fashion_{name}.safetensors").likelihood(test, draws=2, **member)
-        gain = table - found.nats.mean(0) / (found.dims * math.log(2))
-        assert gain.mean() > 2 * gain.std() / len(gain) ** 0.5 and gain.mean() < 0.5
+        model = GUD.load(CHECKPOINTS / f"fashion_{name}.safetensors")
+        found = model.likelihood(test, draws=2, **member)
+        bits = found.nats.mean(0) / (found.dims * math.log(2)) + (0 if model.discrete else 7)
+        assert 0.02 < (table - bits).mean() < 0.4
     tissue = GUD.load(CHECKPOINTS / "histology_columns.safetensors").denoiser.reference
     assert 2.79 < tissue.bits(data.load("histology", "test").images).mean() < 2.82
 
