@@ -368,14 +368,10 @@ def test_shipped_files_open_here_or_say_what_opens_them(path):
         assert model.sample(1, steps=2).shape == (1, *model.denoiser.basis.shape)
 
 
-def test_shipped_models_beat_what_needs_no_network():
+def test_shipped_models_are_as_good_as_their_cards_say():
     train, test = data.load("fashion_mnist", "train").images, data.load("fashion_mnist", "test").images[::20]
-    table = baselines.context_table(train, test).bits
-    for name, member in (("pca", {"a": 1.0}), ("columns", {"b": 1.0}), ("columns", {"b": 0.5})):
-        model = GUD.load(CHECKPOINTS / f"fashion_{name}.safetensors")
-        found = model.likelihood(test, draws=2, **member)
-        bits = found.nats.mean(0) / (found.dims * math.log(2)) + (0 if model.discrete else 7)
-        assert 0.02 < (table - bits).mean() < 0.4
+    bits = GUD.load(CHECKPOINTS / "fashion_pca.safetensors").bits_per_dim(test, a=1.0, draws=4)
+    assert bits + 0.05 < baselines.context_table(train, test).mean < bits + 0.3
     tissue = GUD.load(CHECKPOINTS / "histology_columns.safetensors").denoiser.reference
     assert 2.79 < tissue.bits(data.load("histology", "test").images).mean() < 2.82
 
