@@ -388,6 +388,10 @@ def test_stationary_covariances_depend_on_how_far_columns_are_apart():
     reference.covariance.copy_(torch.diag_embed(uneven))
     mean = uneven.view(3, 2, 5).mean(2).repeat_interleave(5, 1)
     torch.testing.assert_close(reference.stationary().covariance, torch.diag_embed(mean), rtol=0, atol=1e-12)
+    reference, _, _ = of_columns((1, 1, 2))
+    reference.covariance.fill_(1.0)  # two equal columns: waves 1 and 2 of three have no variance
+    least = torch.linalg.eigvalsh(reference.stationary().covariance).min()
+    assert float(least) == pytest.approx(reference.added / 0.5**2)
 
 
 def test_every_reference_is_kept_with_its_denoiser(tmp_path):
