@@ -372,6 +372,10 @@ def test_shipped_models_are_as_good_as_their_cards_say():
     train, test = data.load("fashion_mnist", "train").images, data.load("fashion_mnist", "test").images[::20]
     bits = GUD.load(CHECKPOINTS / "fashion_pca.safetensors").bits_per_dim(test, a=1.0, draws=4)
     assert bits + 0.05 < baselines.context_table(train, test).mean < bits + 0.3
+    haar = GUD.load(CHECKPOINTS / "fashion_haar.safetensors")  # loses to the table, and has learnt
+    webp, bits = baselines.webp(test).mean, haar.bits_per_dim(test, b=[1.0, 1.0], draws=1)
+    assert baselines.context_table(train, test).mean < bits < webp - 0.4
+    assert bits < haar.denoiser.reference.bits(test).mean() - 0.8
     tissue = GUD.load(CHECKPOINTS / "histology_columns.safetensors").denoiser.reference
     assert 2.79 < tissue.bits(data.load("histology", "test").images).mean() < 2.82
 
