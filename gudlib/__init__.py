@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gudlib.denoiser import Denoiser
     from gudlib.likelihood import bound, flow
     from gudlib.model import GUD
-    from gudlib.networks import UNet
+    from gudlib.networks import Transformer, UNet
     from gudlib.plotting import sample_grid
     from gudlib.priors import Prior, isotropic, whitened
     from gudlib.process import Process
@@ -41,6 +41,7 @@ __all__ = [
     "Schedule",
     "Trainer",
     "TrainingConfig",
+    "Transformer",
     "UNet",
     "bound",
     "dequantise",
@@ -64,7 +65,7 @@ _HOMES = {
     "denoiser": ("Denoiser",),
     "likelihood": ("bound", "flow"),
     "model": ("GUD",),
-    "networks": ("UNet",),
+    "networks": ("Transformer", "UNet"),
     "plotting": ("sample_grid",),
     "priors": ("Prior", "isotropic", "whitened"),
     "process": ("Process",),

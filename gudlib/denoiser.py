@@ -87,27 +87,39 @@ def build(
     groups: int = 16,
     label: str | Float[Tensor, "c h w"] | None = None,
     reference: Reference | None = None,
+    kind: str = "unet",
     **network: Any,
 ) -> Denoiser:
-    """A denoiser with a fresh U-Net for a basis and a prior, which it copies as float32, on the prior's device.
+    """A denoiser with a fresh network for a basis and a prior, which it copies as float32, on the prior's device.
 
     Arguments:
         basis, prior: the components.
         groups: into how many groups of noise levels the network's conditioning divides the components.
         label: along which they are grouped, by name or itself (c, h, w); default the prior's order (variance).
         reference: around which the network is put, of this basis and prior; default independent normals.
-        network: options of `networks.UNet`.
+        kind: `unet` or `transformer`, which is for pixels and has a group for each patch.
+        network: options of `networks.UNet` or `networks.Transformer`.
+
+    Raises:
+        ValueError: for another kind or basis, or as the network.
     """
     reference = IndependentGaussian(basis, prior) if reference is None else reference
     along = prior.order.cpu() if label is None else basis.label(label) if isinstance(label, str) else label
-    unet = _unet(basis, bases.groups_by(along, groups), network)
+    net = _network(kind, basis, bases.groups_by(along, groups), network)
     made = copy.deepcopy(reference)
     made.basis.float()
     made.prior.float()  # its tables stay as they are: covariances need float64
-    return Denoiser(unet, made).to(prior.mean.device)
+    return Denoiser(net, made).to(prior.mean.device)
 
 
-def _unet(basis: bases.Basis, groups: Tensor, options: dict[str, Any]) -> networks.UNet:
+def _network(kind: str, basis: bases.Basis, groups: Tensor | None, options: dict[str, Any]) -> networks.Network:
+    if kind not in networks.KINDS:
+        raise ValueError(f"network must be one of {networks.KINDS}; got {kind!r}")
+    if kind == "transformer":
+        if basis.name != "pixel":
+            raise ValueError(f"network 'transformer' is for pixels, whose patches it sees; the basis is {basis.name!r}")
+        options = {"shape": basis.shape, "inputs": (2 + options.get("fourier", True)) * basis.shape[0]} | options
+        return networks.Transformer(**options)
     inverse = copy.deepcopy(basis).cpu().inverse if options.get("conditioning") == "local" else None
     options = {"shape": basis.shape, "inputs": (2 + options.get("fourier", False)) * basis.shape[0]} | options
     return networks.UNet(groups=groups, inverse=inverse, **options)
@@ -134,7 +146,7 @@ def load(path: str | Path) -> Denoiser:
     """The denoiser of a file written by `save`, in float32 on the CPU, ready to sample.
 
     Raises:
-        ValueError: if the file is not a complete checkpoint of a U-Net; the message names it.
+        ValueError: if the file is not a complete checkpoint of such a network; the message names it.
     """
     return rebuild(path, *read_saved(path))
 
@@ -143,21 +155,20 @@ def rebuild(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]
     """The denoiser of what `read_saved` read from `path`.
 
     Raises:
-        ValueError: if its network is no U-Net; the message says what opens the file.
+        ValueError: if its network is none of `networks`; the message says what opens the file.
     """
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in header["network"].items()}
-    if options.pop("kind") != "unet":
-        raise ValueError(f"{path} holds a network of kind {header['network']['kind']!r}; use gudlib.mar.load")
-    basis, prior = basis_and_prior(tensors, header)
-    tables = {k.removeprefix("table."): v for k, v in tensors.items() if k.startswith("table.")}
-    reference = references.rebuild(header.get("reference", IndependentGaussian.name), basis, prior, tables)
-    network = _unet(basis, tensors["network.levels.groups"], options)
+    kind = options.pop("kind")
+    if kind not in networks.KINDS:
+        raise ValueError(f"{path} holds a network of kind {kind!r}; use gudlib.mar.load")
+    reference = saved_reference(tensors, header)
+    network = _network(kind, reference.basis, tensors["network.levels.groups"], options)
     network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
     return Denoiser(network, reference, header.get("noised")).eval()
 
 
-def basis_and_prior(tensors: dict[str, Tensor], header: dict[str, Any]) -> tuple[bases.Basis, Prior]:
-    """Basis and prior of what `read_saved` read, in float32 as `build` makes them."""
+def saved_reference(tensors: dict[str, Tensor], header: dict[str, Any]) -> Reference:
+    """The reference of what `read_saved` read, with basis and prior in float32 as `build` makes them."""
     shape = tuple(header["shape"])
     if header["basis"]["name"] == "pca":
         basis: bases.Basis = bases.PCA(tensors["basis.matrix"], shape, tensors["basis.eigenvalues"])
@@ -165,9 +176,10 @@ def basis_and_prior(tensors: dict[str, Tensor], header: dict[str, Any]) -> tuple
         basis = bases.Blocks(tensors["basis.matrix"], shape, header["basis"]["size"])
     else:
         basis = bases.make(**header["basis"], shape=shape)
-    return basis.float(), Prior(
-        Moments(tensors["prior.mean"], tensors["prior.variance"], header["floor"]), tensors["prior.scale"]
-    )
+    moments = Moments(tensors["prior.mean"], tensors["prior.variance"], header["floor"])
+    tables = {k.removeprefix("table."): v for k, v in tensors.items() if k.startswith("table.")}
+    name = header.get("reference", IndependentGaussian.name)
+    return references.rebuild(name, basis.float(), Prior(moments, tensors["prior.scale"]), tables)
 
 
 def card(path: str | Path) -> dict[str, Any]:
@@ -204,7 +216,7 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
 
 
 def _halved(name: str, denoiser: Denoiser) -> bool:
-    histograms = isinstance(denoiser.reference, references.Histograms)
+    histograms = isinstance(denoiser.reference, references.Histograms | references.PatchHistograms)
     return name.startswith("network.") or (histograms and name == "table.weight")
 
 

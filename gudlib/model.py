@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gudlib import denoiser, designs, devices, families, likelihood, references, samplers
+from gudlib import denoiser, designs, devices, families, likelihood, networks, references, samplers
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser
 from gudlib.families import Derived, Family, Known, Range, Sequential
@@ -25,7 +25,6 @@ from gudlib.schedules import PerImage
 from gudlib.training import Record, Trainer, TrainingConfig
 
 Pictures = UInt8[Tensor, "n c h w"]
-NETWORKS = ("unet",)
 LARGEST_PCA = 6144  # numbers in a picture; the time for principal components grows with the third power
 EVALUATIONS = 20  # of the network, for each component while it moves
 FINEST_ON_LATTICE = 0.2 / 127.5  # noise at t = 0 if the reference knows grey levels: a fifth of one
@@ -62,7 +61,7 @@ class GUD:
     def fit(
         cls,
         images: Pictures,
-        basis: str = "pca",
+        basis: str | None = None,
         a: float | Range | None = None,
         blocks: str | Sequence[str] | None = None,
         b: float | Range | Sequence[Range] | None = None,
@@ -80,7 +79,8 @@ class GUD:
 
         Arguments:
             images: uint8 (n, c, h, w), as `load_folder` gives; at least 4. Kept for `train_steps`.
-            basis: `pca` (where images are few, of waves: `designs.principal`), `dct`, `fourier`, `haar` or `pixel`.
+            basis: `pca` (where images are few, of waves: `designs.principal`), `dct`, `fourier`, `haar` or `pixel`;
+                default `pca`, `pixel` for a transformer.
             a: inverse softness, or its range in training; default (0.4, 1.6). Not with blocks.
             blocks: components one after another instead, as `families.Sequential`: `columns`, `rows`, `patches`,
                 `levels`, or several inside one another; of `pixel` or, with levels and columns, of `haar`.
@@ -92,15 +92,16 @@ class GUD:
                 better, on held-out images, of `independent gaussian` and `histograms`, else the first;
                 `lattice gaussian` and `grouped gaussian` are for textures, with blocks="columns", and without known
                 pixels.
-            network: `unet`.
+            network: `unet`, or `transformer`, for pixels: its tokens are patches, those of blocks="patches" if so.
             seed: of the network's weights.
             verbose: print what was chosen.
             options: of `networks.UNet`: `width` (default 32, or 24 for fewer than 1,000 images), `patch`,
-                `multipliers`, `conditioning`, `fourier`, ...
+                `multipliers`, `conditioning`, `fourier`, ...; or of `networks.Transformer`: `width`, `depth`, ...
 
         Raises:
             ValueError: for images that are not such, or a choice that does not exist or does not fit them.
         """
+        basis = ("pixel" if network == "transformer" else "pca") if basis is None else basis
         shape = _checked(images, basis, network, a, blocks, b)
         grouped = reference in (GroupedGaussian.name, LatticeGaussian.name)
         if grouped and not (basis == "pixel" and blocks in ("columns", ["columns"], ("columns",))):
@@ -122,8 +123,11 @@ class GUD:
             names = (plain, Histograms.name)
             shuffled = images.cpu()[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
             fitted.reference = references.best(names, fitted.basis, fitted.prior, shuffled)
-        told = IN_PIXELS if basis == "pixel" else ELSEWHERE
-        options = _sizes(shape) | {"width": 24 if len(images) < 1000 else 32} | told | options
+        if network == "transformer":
+            options = {"patch": _patch(shape, blocks)} | options
+        else:
+            told = IN_PIXELS if basis == "pixel" else ELSEWHERE
+            options = _sizes(shape) | {"width": 24 if len(images) < 1000 else 32} | told | options
         finest = families.FINEST if fitted.reference.decoder == "normal" else FINEST_ON_LATTICE
         family = fitted.family(blocks, b, finest)
         groups: dict[str, Any] = {"groups": 1 if basis == "pixel" else 16}
@@ -131,7 +135,8 @@ class GUD:
             groups = {"groups": 64, "label": family.nest.group.double()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            built = denoiser.build(fitted.basis, fitted.prior, **groups, reference=fitted.reference, **options)
+            made = fitted.basis, fitted.prior
+            built = denoiser.build(*made, **groups, reference=fitted.reference, kind=network, **options)
         # Schedules of the prior as the file will have it, in float32
         family = families.rebuild(family.spec, built.basis, built.prior)
         if known:
@@ -427,7 +432,8 @@ class GUD:
         c, h, w = self.denoiser.basis.shape
         config = denoiser.describe(self.denoiser)["network"]
         weights = sum(p.numel() for p in self.denoiser.network.parameters())
-        options = ", ".join(f"{name} {config[name]}" for name in ("width", "patch", "multipliers", "conditioning"))
+        shown = ("width", "depth", "patch", "multipliers", "conditioning")
+        options = ", ".join(f"{name} {config[name]}" for name in shown if name in config)
         waves = " (of waves: too few pictures for axes of their own)" if self.card.get("of_waves") else ""
         ranges = self.family.ranges if self.family else {}
         spans = ", ".join(f"{k} from {lo:.3g} to {hi:.3g}" for k, pairs in ranges.items() for lo, hi in pairs)
@@ -512,8 +518,10 @@ def _checked(images: Any, basis: str, network: str, a: Any, blocks: Any, b: Any)
         raise ValueError(f"images must be uint8 of shape (n, c, h, w), at least 4; got {_what(images)}")
     if basis not in known:
         raise ValueError(f"basis must be one of {known}; got {basis!r}")
-    if network not in NETWORKS:
-        raise ValueError(f"network must be one of {NETWORKS}; got {network!r}")
+    if network not in networks.KINDS:
+        raise ValueError(f"network must be one of {networks.KINDS}; got {network!r}")
+    if network == "transformer" and basis != "pixel":
+        raise ValueError(f"network 'transformer' is for pixels, whose patches it sees; the basis is {basis!r}")
     if blocks is not None and a is not None:
         raise ValueError(f"a is for schedules without blocks; got a = {a} and blocks = {blocks!r}")
     if blocks is None and b is not None:
@@ -536,6 +544,15 @@ def _rows(values: Any, part: Tensor) -> Any:
     if isinstance(values, list | tuple):
         return [_rows(value, part) for value in values]
     return values[part] if isinstance(values, Tensor) and values.ndim else values
+
+
+def _patch(shape: tuple[int, int, int], blocks: str | Sequence[str] | None) -> int:
+    """Side of a transformer's patches: what the blocks say, else the largest that divides a picture, up to 4 or 8."""
+    for block in [blocks] if isinstance(blocks, str) else blocks or []:
+        name, _, size = block.partition(" ")
+        if name == "patches" and size.isdecimal():
+            return int(size)
+    return next(p for p in (8, 4, 2, 1) if (p < 8 or min(shape[1:]) >= 96) and not (shape[1] % p or shape[2] % p))
 
 
 def _sizes(shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -13,12 +13,18 @@ component in the layout of its basis. A network is told which components belong 
 
   gamma itself in pixels, a map for each level of wavelets, nearly the group means for principal components.
 
+A `Transformer` is told one noise level for each patch, by scales and shifts of that patch's features.
+
 Beside its blocks, a network may have a path that is linear in what it sees: filters gated by the noise levels, which
 need not travel through nonlinear layers to do what a Wiener filter does.
 
 What is to start at zero does, so an untrained network answers 0.
 
 References:
+    Scalable Diffusion Models with Transformers, W. Peebles, S. Xie, 2022, https://arxiv.org/abs/2212.09748
+    PixArt-alpha, J. Chen et al., 2023, https://arxiv.org/abs/2310.00426 (one modulation for all blocks)
+    Diffusion Forcing: Next-token Prediction Meets Full-Sequence Diffusion, B. Chen et al., 2024,
+    https://arxiv.org/abs/2407.01392 (a noise level for each token)
     Variational Diffusion Models, D. P. Kingma et al., 2021, https://arxiv.org/abs/2107.00630, appendix C (waves of the
     noised image)
 """
@@ -31,6 +37,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+KINDS = ("unet", "transformer")
 CONDITIONINGS = ("film", "attention", "map", "local")
 EMBEDDED = ("film", "local")  # those with an embedding of the noise levels in every block
 OCTAVES = range(2, 8)  # of the waves: from one grey level to the next, 1/128 away, 2^7 pi y grows by pi
@@ -269,7 +276,7 @@ class UNet(nn.Module):
         self, images: Float[Tensor, "b inputs h w"], gamma: Float[Tensor, "b c h w"]
     ) -> Float[Tensor, "b c h w"]:
         """An image for each input and each noise level."""
-        seen, told, tokens = self._seen(images, gamma), self._told(gamma), None
+        seen, told, tokens = _seen(self, images, gamma), self._told(gamma), None
         if self.conditioning == "attention":
             tokens = self.embed(self.levels(gamma)) + self.token
         x = functional.pixel_unshuffle(seen, self.patch).contiguous(memory_format=torch.channels_last)
@@ -294,18 +301,6 @@ class UNet(nn.Module):
             answer = answer + self._filtered(seen if self.linear_all else images, told[0])
         return answer
 
-    def _seen(self, images: Tensor, gamma: Tensor) -> Tensor:
-        """All that the blocks see, at full resolution."""
-        seen = [images]
-        if self.fourier:
-            phase = (images[:, -self.channels :, None] * self.octaves[:, None, None]).flatten(1, 2)
-            seen += [phase.sin(), phase.cos()]
-        if self.conditioning == "map":
-            seen.append(gamma / 10)
-        if self.maps:
-            seen += [gamma.clamp(-15, 15) / 10, torch.sigmoid(-gamma)]
-        return torch.cat(seen, dim=1)
-
     def _told(self, gamma: Tensor) -> list[Tensor] | list[None]:
         """The embedding of the noise levels for each resolution, (b, dim, 1, 1) or a map, if there is one."""
         count = len(self.config["multipliers"])
@@ -326,6 +321,105 @@ class UNet(nn.Module):
             gate = gate.repeat_interleave(seen.shape[axis] // gate.shape[axis], axis)
         maps = self.filters(seen.contiguous(memory_format=torch.channels_last))
         return (maps.unflatten(1, (-1, self.linear)) * gate[:, None]).sum(2)
+
+
+class Transformer(nn.Module):
+    """A transformer over the patches of an image, every one of which is told its own noise level, and sees all others.
+
+    One modulation is computed for each patch, from the mean of its gamma, and shared by the blocks, each of which adds
+    its own offset.
+
+    Arguments:
+        shape: output image shape (channel, height, width).
+        inputs: number of input channels.
+        patch: side of the patches, the tokens.
+        width, depth, heads: of the blocks.
+        fourier, maps: as for `UNet`.
+
+    Raises:
+        ValueError: if the patches don't divide the image, or heads the width.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        inputs: int,
+        patch: int = 4,
+        width: int = 96,
+        depth: int = 4,
+        heads: int = 4,
+        fourier: bool = True,
+        maps: bool = True,
+    ) -> None:
+        super().__init__()
+        channels, h, w = shape
+        if h % patch or w % patch:
+            raise ValueError(f"height and width must be multiples of the patch, {patch}; got {h} x {w}")
+        if width % heads:
+            raise ValueError(f"width must be a multiple of heads, {heads}; got {width}")
+        self.config: dict[str, Any] = {
+            "kind": "transformer", "shape": list(shape), "inputs": inputs, "patch": patch, "width": width,
+            "depth": depth, "heads": heads, "fourier": fourier, "maps": maps,
+        }  # fmt: skip
+        self.patch, self.heads, self.channels, self.fourier, self.maps = patch, heads, channels, fourier, maps
+        rows, columns = h // patch, w // patch
+        place = torch.arange(rows * columns, device="cpu").view(rows, columns)
+        place = place.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+        self.levels = GammaGroups(place.expand(shape).contiguous())
+        self.octaves: Tensor
+        self.register_buffer("octaves", torch.pi * 2.0 ** torch.tensor(OCTAVES), persistent=False)
+        inputs += channels * (2 * maps + 2 * len(OCTAVES) * fourier)
+        self.stem = nn.Linear(inputs * patch**2, width)
+        self.place = nn.Parameter(0.02 * torch.randn(rows * columns, width))
+        self.level = nn.Sequential(nn.Linear(9, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.modulation, self.offset = nn.Linear(width, 6 * width), nn.Parameter(torch.zeros(depth, 6 * width))
+        self.qkv, self.out = (nn.ModuleList(nn.Linear(width, n * width) for _ in range(depth)) for n in (3, 1))
+        self.mlp = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(depth)
+        )
+        self.last, self.head = nn.Linear(width, 2 * width), nn.Linear(width, channels * patch**2)
+        for layer in (self.modulation, self.last, self.head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, images: Float[Tensor, "b inputs h w"], gamma: Float[Tensor, "b c h w"]
+    ) -> Float[Tensor, "b c h w"]:
+        """An image for each input and each noise level."""
+        x = self.stem(functional.pixel_unshuffle(_seen(self, images, gamma), self.patch).flatten(2).mT) + self.place
+        told = self.level(self.levels(gamma))
+        shared = self.modulation(told)
+        for offset, qkv, out, mlp in zip(self.offset, self.qkv, self.out, self.mlp, strict=True):
+            scale1, shift1, gate1, scale2, shift2, gate2 = (shared + offset).chunk(6, -1)
+            y = qkv(_plain_norm(x) * (1 + scale1) + shift1)
+            q, k, v = y.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            x = x + (1 + gate1) * out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            x = x + (1 + gate2) * mlp(_plain_norm(x) * (1 + scale2) + shift2)
+        scale, shift = self.last(told).chunk(2, -1)
+        tokens = self.head(_plain_norm(x) * (1 + scale) + shift)
+        rows = images.shape[-2] // self.patch
+        return functional.pixel_shuffle(tokens.mT.unflatten(2, (rows, -1)), self.patch)
+
+
+Network = UNet | Transformer
+
+
+def _seen(network: Network, images: Tensor, gamma: Tensor) -> Tensor:
+    """All that the blocks of a network see, at full resolution."""
+    seen = [images]
+    if network.fourier:
+        phase = (images[:, -network.channels :, None] * network.octaves[:, None, None]).flatten(1, 2)
+        seen += [phase.sin(), phase.cos()]
+    if network.config.get("conditioning") == "map":
+        seen.append(gamma / 10)
+    if network.maps:
+        seen += [gamma.clamp(-15, 15) / 10, torch.sigmoid(-gamma)]
+    return torch.cat(seen, dim=1)
+
+
+def _plain_norm(x: Tensor) -> Tensor:
+    """Layer norm without weights of its own."""
+    return functional.layer_norm(x, x.shape[-1:])
 
 
 def _pointwise(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ sense of mean-field theory the corrections to a solvable model. The references h
     IndependentGaussian   mean and variance of each component
     Marginals             the distribution of each component, whatever its shape
     Histograms            that of each pixel, on its 256 grey levels; one set for each of several kinds of image
+    PatchHistograms       that of each pixel, for single patches of an image, each at its own place
     GroupedGaussian       correlations among columns (or patches), for one component of a column at a time or a few
     LatticeGaussian       these, and the grey levels
 
@@ -20,6 +21,7 @@ expected there, given the other components where the reference knows correlation
 At low noise that is the detail which chi_t itself, a hundred times larger, would drown.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -42,6 +44,7 @@ from gudlib.statistics import WITHIN_LEVEL, centres, mirrored
 Grey = UInt8[Tensor, "n c h w"]
 LEVELS, HALF = 256, 127.5  # grey levels, and how many of them a unit of the data has (`data.scale`)
 LARGEST = 30_000  # sectors times components: 150 MB of tables
+AT_ONCE = 25_088  # components whose posterior is computed together, which bounds the memory
 SILENT = 4.5  # log of noise over signal, beyond which a block counts as noise only
 FEW = 2  # sectors of an image that are told apart at once, the likeliest
 BLUR, PULL = 1.2, 30.0  # of a sector's histograms: over neighbours, in pixels, and towards all images', in images
@@ -113,6 +116,10 @@ class Reference(nn.Module, ABC):
     def white(self, estimate: Batch) -> Batch:
         """White components of an estimate written in `components`."""
         return estimate
+
+    def at(self, places: Int64[Tensor, " n"]) -> "Reference":
+        """The reference of n patches at those places of an image: itself, if it is the same at all of them."""
+        return self
 
     def forward(self, white_t: Batch, gamma: Gamma) -> Batch:
         """The noise that the reference expects: a model `(white_t, gamma) -> eps_hat` without a network."""
@@ -213,13 +220,19 @@ class _Pyramid(Reference):
 
     def posterior(self, white_t: Batch, gamma: Gamma) -> Posterior:
         """As `Reference`; computed in float32."""
-        gamma = gamma.expand_as(white_t)
-        parts = [self._of(y, g) for y, g in zip(white_t.float().split(32), gamma.float().split(32), strict=True)]
+        gamma, rows = gamma.expand_as(white_t), max(1, AT_ONCE // white_t[0].numel())
+        component = self._component().expand(len(white_t), -1)
+        split = (x.split(rows) for x in (white_t.float(), gamma.float(), component))
+        parts = [self._of(*part) for part in zip(*split, strict=True)]
         mean, deviation, eps = (torch.cat(part).to(white_t) for part in zip(*parts, strict=True))
         v = torch.sigmoid(-gamma) * self.prior.white_variance.to(white_t) + torch.sigmoid(gamma)
         return Posterior(mean, deviation, white_t / v.sqrt(), eps)
 
-    def _of(self, white_t: Batch, gamma: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _component(self) -> Int64[Tensor, "#n d"]:
+        """Which of the tables each component has."""
+        return torch.arange(math.prod(self.basis.shape), device=self.table.device)[None]
+
+    def _of(self, white_t: Batch, gamma: Batch, component: Int64[Tensor, "b d"]) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and standard deviation of the white data, and the noise that is expected."""
         offset, scale = self._units()
         y, g = white_t.flatten(1), gamma.flatten(1)
@@ -228,8 +241,8 @@ class _Pyramid(Reference):
         level = wide.log2().floor().clamp(0, len(self.start) - 1).long()
         last = (self.bins >> level) - 1
         near = (place * torch.exp2(-level.to(place))).floor().clamp(-self.reach, self.bins + self.reach).long()
-        d, rows = y.shape[1], self.table.shape[2]
-        at = torch.arange(d, device=y.device) * rows + self.start[level]  # (b, d): the level's first bin
+        d, rows = self.table.shape[1:3]
+        at = component * rows + self.start[level]  # (b, d): the level's first bin
         index = (at + near.clamp(min=0).minimum(last))[..., None] + self.window
         if len(self.table) > 1:
             sector, share = self._others(z, s, at + near.minimum(last + self.reach))  # (b, few), (b, few, d)
@@ -257,7 +270,25 @@ class _Pyramid(Reference):
         raise NotImplementedError
 
 
-class Histograms(_Pyramid):
+class _GreyLevels(_Pyramid):
+    """Histograms whose bins are the 256 grey levels."""
+
+    decoder = "discrete"
+    weight: Tensor
+
+    def _place(self, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return z + 0.5, s
+
+    def _units(self) -> tuple[Tensor, Tensor]:
+        return (self.prior.mean.flatten() + 1) * HALF, self.prior.scale.flatten() * HALF
+
+    def _log(self) -> Float[Tensor, "k d 256"]:
+        """Log probability of each grey level; none is impossible."""
+        log = (self.weight + 1e-9).flatten(1, -2).log()
+        return log - log.logsumexp(-1, keepdim=True)
+
+
+class Histograms(_GreyLevels):
     """The grey levels of every pixel, independent of each other within a sector of images; in the pixel basis.
 
     It knows black, white and the lattice of grey levels.
@@ -274,8 +305,6 @@ class Histograms(_Pyramid):
 
     name = "histograms"
     knows = "the grey levels of each pixel, in each kind of image"
-    decoder = "discrete"
-    weight: Tensor
     share: Tensor
     evidence: Tensor
     means: Tensor
@@ -311,9 +340,8 @@ class Histograms(_Pyramid):
 
     def nll(self, data: Batch) -> Float[Tensor, " n"]:
         """As `Reference`."""
-        level, log = to_uint8(data).flatten(1).long(), (self.weight + 1e-9).flatten(1, 3).log()
-        log = log - log.logsumexp(-1, keepdim=True)
-        each = torch.stack([one.gather(1, level.T).sum(0) for one in log], 1).double()
+        level = to_uint8(data).flatten(1).long()
+        each = torch.stack([one.gather(1, level.T).sum(0) for one in self._log()], 1).double()
         return -(each + (self.share / self.share.sum()).double().log()).logsumexp(1)
 
     @classmethod
@@ -338,12 +366,6 @@ class Histograms(_Pyramid):
         share = torch.bincount(sector, minlength=sectors).to(weight) + 1
         return cls(basis, prior, weight.unflatten(1, basis.shape), share / share.sum())
 
-    def _place(self, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        return z + 0.5, s
-
-    def _units(self) -> tuple[Tensor, Tensor]:
-        return (self.prior.mean.flatten() + 1) * HALF, self.prior.scale.flatten() * HALF
-
     def _evidence(self, weight: Tensor, grey: Tensor) -> None:
         """log density of a noised value in each sector, at the bins of every level, for noise of 1.4 bins."""
         pieces = []
@@ -367,6 +389,62 @@ class Histograms(_Pyramid):
         sector = whole.topk(min(FEW, len(self.share)), 1).indices
         log = log.take_along_dim(sector[:, None], 2)
         return sector, (whole.take_along_dim(sector, 1)[:, None] - log).softmax(-1).mT
+
+
+class PatchHistograms(_GreyLevels):
+    """The grey levels of every pixel of an image, for one patch at a time, whose place `at` tells: for tokens.
+
+    Arguments:
+        basis, prior: of the pixels of a patch (c, p, p).
+        weight: probability of each grey level of each pixel of each patch, in reading order, (L, c, p, p, 256).
+    """
+
+    name = "patch histograms"
+    knows = "the grey levels of each pixel"
+
+    def __init__(self, basis: Basis, prior: Prior, weight: Float[Tensor, "l c p p 256"]) -> None:
+        super().__init__(basis, prior)
+        if basis.name != "pixel":
+            raise ValueError(f"histograms of grey levels are for pixels; the basis is {basis.name!r}")
+        if tuple(weight.shape[1:]) != (*basis.shape, LEVELS) or not bool((weight >= 0).all()):
+            raise ValueError(
+                f"weight must not be negative, and of shape (L, {', '.join(map(str, basis.shape))}, {LEVELS}); "
+                f"got {tuple(weight.shape)}, smallest {float(weight.min()):.3g}"
+            )
+        self.register_buffer("weight", weight)
+        self.places = torch.zeros(1, dtype=torch.long)
+        levels = torch.arange(LEVELS, dtype=torch.float64, device=weight.device).expand(weight[..., 0].numel(), -1)
+        self._tabulate(self._log().exp().flatten(0, 1)[None], levels, torch.zeros_like(levels))
+
+    def at(self, places: Int64[Tensor, " n"]) -> "PatchHistograms":
+        """As `Reference`: the same tables, for n patches in reading order."""
+        mine = copy.copy(self)
+        mine.places = places
+        return mine
+
+    @classmethod
+    def fit(cls, basis: Basis, prior: Prior, images: Grey) -> "PatchHistograms":
+        """Histograms of the patches of images, smoothed as those of `Histograms`.
+
+        Raises:
+            ValueError: if images are not uint8, or not made of such patches.
+        """
+        _checked(images)
+        x, shape, size = images.flatten(1).long(), tuple(images.shape[1:]), basis.shape[-1]
+        if basis.shape != (shape[0], size, size) or shape[1] % size or shape[2] % size:
+            raise ValueError(f"images must be made of patches {basis.shape}, as the basis has them; got {shape}")
+        weight = _smoothed(_counts(x, torch.zeros_like(x[:, 0]), 1), shape).view(*shape, LEVELS)
+        planes = functional.pixel_unshuffle(weight.permute(3, 0, 1, 2), size)  # (256, c p p, rows, columns)
+        return cls(basis, prior, planes.flatten(2).permute(2, 1, 0).unflatten(1, basis.shape).contiguous())
+
+    def nll(self, data: Batch) -> Float[Tensor, " n"]:
+        """As `Reference`, of patches at their places."""
+        level, log = to_uint8(data).flatten(1).long(), self._log()[self.places.expand(len(data)).to(self.weight.device)]
+        return -log.gather(2, level[..., None])[..., 0].sum(1).double()
+
+    def _component(self) -> Int64[Tensor, "#n d"]:
+        d = math.prod(self.basis.shape)
+        return self.places.to(self.table.device)[:, None] * d + torch.arange(d, device=self.table.device)
 
 
 class Marginals(_Pyramid):
@@ -703,7 +781,8 @@ def _root(matrix: Float[Tensor, "*b k k"], diagonal: Float[Tensor, "*b k"]) -> F
     return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(matrix)[0], eye, upper=False)
 
 
-KINDS = {each.name: each for each in (IndependentGaussian, Histograms, Marginals, GroupedGaussian, LatticeGaussian)}
+_ALL = IndependentGaussian, Histograms, PatchHistograms, Marginals, GroupedGaussian, LatticeGaussian
+KINDS: dict[str, type[Reference]] = {each.name: each for each in _ALL}
 
 
 def rebuild(name: str, basis: Basis, prior: Prior, tables: dict[str, Tensor]) -> Reference:

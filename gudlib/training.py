@@ -48,7 +48,7 @@ from gudlib.data import dequantise, scale
 from gudlib.denoiser import Denoiser, describe
 from gudlib.families import Draw, Family, stratified_times
 from gudlib.files import read_tensors, write_tensors
-from gudlib.networks import UNet
+from gudlib.networks import Transformer, UNet
 from gudlib.process import Batch, Model, diffuse
 from gudlib.schedules import Schedule, Time
 
@@ -119,7 +119,7 @@ class Record:
 
     @cached_property
     def by_group(self) -> Float[Tensor, " g"]:
-        """Unweighted mean square error in each of the U-Net's component groups, (g,), or of each component."""
+        """Unweighted mean square error in each of the network's component groups, (g,), or of each component."""
         return self._by_group.cpu()
 
     def __repr__(self) -> str:
@@ -301,7 +301,7 @@ class Loop(ABC):
         get_ema_multi_avg_fn(decay)(list(self.average.parameters()), list(self.plain.parameters()), None)
         self.step += 1
         by_group = error.detach().mean(0).flatten()
-        if isinstance(self.plain, UNet):
+        if isinstance(self.plain, UNet | Transformer):
             by_group = by_group @ self.plain.levels.pool
         return loss.detach(), by_group, lr
 

@@ -178,7 +178,8 @@ def path(schedule, d):
 def autoregressor(d, kind="masked", classes=3):
     basis, cut = bases.DCT(TOKEN), mar.patchify(data.scale(IMAGES), 2).reshape(-1, *TOKEN)
     network = mar.Network(kind, SHAPE, 2, classes=classes, width=8, depth=1, heads=2, head=(1, 8))
-    return awake(mar.Autoregressor(network, basis, priors.whitened(priors.measure(basis, cut)))).float().to(d)
+    reference = references.IndependentGaussian(basis, priors.whitened(priors.measure(basis, cut)))
+    return awake(mar.Autoregressor(network, reference)).float().to(d)
 
 
 @contextmanager
@@ -265,6 +266,9 @@ def reference(d, kind):
         basis = bases.Blocks.waves(SHAPE).to(d)
         moments = priors.Moments(torch.zeros(SHAPE).to(d), torch.ones(SHAPE).to(d))
         return made.fit(basis, priors.isotropic(moments, 0.5), IMAGES.to(d), "mirror")
+    if kind == "PatchHistograms":
+        basis, cut = bases.Pixel(TOKEN).to(d), mar.patchify(data.scale(IMAGES), 2).reshape(-1, *TOKEN)
+        return made.fit(basis, priors.isotropic(priors.measure(basis, cut.to(d)), 0.5), IMAGES.to(d))
     basis = bases.make("haar" if kind == "Marginals" else "pixel", SHAPE, levels=2) if kind == "Marginals" else (
         bases.Pixel(SHAPE)
     )  # fmt: skip
@@ -276,15 +280,18 @@ def reference(d, kind):
 
 @probe("references", *REFERENCES)
 def use_reference(d, kind):
-    made, gamma = reference(d, kind), torch.linspace(-8, 4, 6).to(d).expand(2, *SHAPE)
-    x = data.scale(IMAGES[:3].to(d)) if made.decoder == "discrete" else photos(d, 3)
-    white = normals(d)[:2]
+    made = reference(d, kind)
+    made = made.at(torch.tensor([3, 5, 0]).to(d)) if kind == "PatchHistograms" else made
+    _, h, w = made.basis.shape
+    gamma, pixels = torch.linspace(-8, 4, w).to(d).expand(3, *made.basis.shape), IMAGES[:3, :, :h, :w].to(d)
+    x = data.scale(pixels) if made.decoder == "discrete" else photos(d, 3)
+    white = normals(d)[..., :h, :w]
     found = made.posterior(white, gamma)
     rebuilt = references.rebuild(made.name, made.basis, made.prior, tables_of(made))
     found = *found, made(white, gamma), rebuilt(white, gamma), made.white(made.components(white))
     if isinstance(made, references.GroupedGaussian):
         found = *found, made.stationary().covariance
-    return *found, made.nll(x.double()), made.bits(IMAGES[:3].to(d))
+    return *found, made.nll(x.double()), made.bits(pixels)
 
 
 def tables_of(made):
@@ -294,7 +301,10 @@ def tables_of(made):
 for kind in REFERENCES:
     PROBES[f"references.{kind}"] = PROBES.pop(f"references: {kind}")
 PROBES |= {
-    "references.Reference": lambda d: use_reference(d, "Histograms"),
+    "references.Reference": lambda d: (
+        use_reference(d, "Histograms"),
+        reference(d, "Marginals").at(torch.zeros(1).long()).name,
+    ),
     "references.Posterior": lambda d: tuple(
         reference(d, "Marginals").posterior(normals(d), torch.zeros(1, *SHAPE).to(d))
     ),
@@ -325,9 +335,7 @@ PROBES |= {
     "denoiser.load": lambda d: saved(d, denoiser.load).to(d)(normals(d), normals(d, 1)),
     "denoiser.read_saved": lambda d: saved(d, denoiser.read_saved),
     "denoiser.rebuild": lambda d: saved(d, lambda f: denoiser.rebuild(f, *denoiser.read_saved(f))).to(d),
-    "denoiser.basis_and_prior": lambda d: [
-        part.to(d) for part in saved(d, lambda f: denoiser.basis_and_prior(*denoiser.read_saved(f)))
-    ],
+    "denoiser.saved_reference": lambda d: saved(d, lambda f: denoiser.saved_reference(*denoiser.read_saved(f))).to(d),
     "denoiser.describe": lambda d: denoiser.describe(unet().to(d)),
     "networks.GammaGroups": lambda d: networks.GammaGroups(bases.groups_by(COLUMN, 2)).to(d)(normals(d).float()),
     "networks.GammaGroups: at every place": lambda d: networks.GammaGroups(
@@ -338,6 +346,9 @@ PROBES |= {
         normals(d).float(), normals(d).float()
     ),
     "networks.UNet: all it can see": lambda d: unet("local", "haar", **RICH).network.to(d)(
+        noise(d, 3, 3, 4, 6).float(), normals(d).float()
+    ),
+    "networks.Transformer": lambda d: awake(networks.Transformer(SHAPE, 3, 2, 8, 2, 2)).to(d)(
         noise(d, 3, 3, 4, 6).float(), normals(d).float()
     ),
     "networks.Doubling": lambda d: awake(networks.Doubling(1, 2, 3)).to(d)(normals(d).float()),
@@ -899,10 +910,11 @@ def told_time():
     return training.Trainer(awake(fitted.denoiser(**UNET)), IMAGES, fitted.family(), settings)
 
 
-def mar_trainer_of(kind, classes=3):
-    settings = mar.MarTrainingConfig(steps=4, batch=4, warmup=2, repeats=2)
-    labels = LABELS if classes else None
-    return mar.MarTrainer(autoregressor("cpu", kind, classes), IMAGES, labels, TOKEN_LINE, settings)
+def mar_trainer_of(kind, classes=3, histograms=False):
+    settings = mar.MarTrainingConfig(steps=4, batch=4, warmup=2, repeats=2, discrete=histograms)
+    labels, model = LABELS if classes else None, autoregressor("cpu", kind, classes)
+    model = mar.Autoregressor(model.network, reference("cpu", "PatchHistograms")) if histograms else model
+    return mar.MarTrainer(model, IMAGES, labels, TOKEN_LINE, settings)
 
 
 def train(d, trainer, steps=2):
@@ -1186,10 +1198,11 @@ STEPS = {
         for name in FAMILIES for weighting in training.WEIGHTINGS
     },
     **{conditioning: functools.partial(trainer_of, "columns", conditioning) for conditioning in networks.CONDITIONINGS},
-    **{f"around {kind}": functools.partial(around, kind) for kind in REFERENCES},
+    **{f"around {kind}": functools.partial(around, kind) for kind in REFERENCES if kind != "PatchHistograms"},
     "told the time": told_time,
     "all that can be": lambda: rich_trainer("answer"),
     **{f"mar, {kind}": functools.partial(mar_trainer_of, kind) for kind in ("raster", "masked")},
+    "mar around PatchHistograms": lambda: mar_trainer_of("random", histograms=True),
 }  # fmt: skip
 
 

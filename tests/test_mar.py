@@ -19,6 +19,7 @@ from gudlib.exact import gaussian_eps
 from gudlib.mar import training as mar_training
 from gudlib.mar.networks import KINDS
 from gudlib.process import Process, diffuse
+from gudlib.references import IndependentGaussian, PatchHistograms
 from gudlib.schedules import alpha, sigma
 
 SHAPE = (1, 6, 4)  # six tokens of four numbers
@@ -50,7 +51,7 @@ def fresh(kind, images, size, pca=False, **network):
     basis = bases.PCA.fit(cut) if pca else bases.Pixel(shape)
     moments = priors.measure(basis, cut)
     prior = priors.isotropic(moments, float(moments.variance.mean().sqrt()))
-    return mar.Autoregressor(inner, basis.float(), prior.float())
+    return mar.Autoregressor(inner, IndependentGaussian(basis.float(), prior.float()))
 
 
 def build(kind, seed=0, awake=True, pca=False, **options):
@@ -256,7 +257,7 @@ def test_sampling_with_exact_conditionals_recovers_the_gaussian(kind, generator,
     _, _, process, models = gaussian((1, 2, 3), 2)
     torch.manual_seed(0)
     network = mar.Network(kind, (1, 2, 3), 1, **SMALL)
-    model = mar.Autoregressor(network, process.basis, process.prior)
+    model = mar.Autoregressor(network, IndependentGaussian(process.basis, process.prior))
     exact = models[False]
     monkeypatch.setattr(
         model, "conditional", lambda tokens, permutation, a, b, *_: exact(tokens.double(), permutation, a, b)
@@ -733,6 +734,45 @@ def test_a_saved_model_says_the_same(kind, pca, tmp_path):
     ]
     assert torch.equal(*answers)
     assert again.network.config == model.network.config and torch.equal(model.tokens(images), again.tokens(images))
+
+
+def with_histograms(kind, pixels=None, **options):
+    """A small model around the grey levels of each pixel."""
+    model, pixels = build(kind, **options), pictures() if pixels is None else pixels
+    return mar.Autoregressor(model.network, PatchHistograms.fit(model.basis, model.prior, pixels))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_untrained_it_is_the_histograms_of_its_places(kind, tmp_path):
+    """In every order and however many tokens at a time, the bound is the pixels' own code length."""
+    generator = torch.Generator().manual_seed(0)
+    bright = torch.arange(24).view(SHAPE) * 8 + torch.randint(0, 30, (500, *SHAPE), generator=generator)
+    pixels = bright.to(torch.uint8)
+    model = with_histograms(kind, pixels, awake=False)
+    mar.save(model, tmp_path / "m", half=True)
+    again = mar.load(tmp_path / "m")
+    assert isinstance(again.reference, PatchHistograms)
+    x, places = scale(pixels[:100]), torch.arange(6).repeat(100)
+    exact = again.reference.at(places).nll(mar.patchify(x, 2).reshape(-1, 1, 2, 2)).view(100, 6)
+    token = schedules.linear((1, 2, 2), 2 * math.log(0.25 / 127.5) - 2 * float(model.prior.scale[0, 0, 0].log()), 9.0)
+    cuts = [0, 2, 6] if kind == "masked" else [0, 6]
+    found = mar.chain_rule_bound(
+        again.conditional, again.process(token), x, cuts, kind == "raster", draws=4, decoder="discrete"
+    )
+    assert found.bits == pytest.approx(
+        float(exact.sum(1).mean()) / (24 * math.log(2)), abs=4 * found.probe_error + 0.01
+    )
+
+
+def test_training_tells_the_reference_where_tokens_are(monkeypatch):
+    t, seen = trainer("random", replace(QUICK, discrete=True)), []
+    t.denoiser.reference = PatchHistograms.fit(t.model.basis, t.model.prior, pictures())
+    at = PatchHistograms.at
+    monkeypatch.setattr(PatchHistograms, "at", lambda self, places: seen.append(places) or at(self, places))
+    t.denoiser.network = Spy()
+    t.loss(0)
+    _, permutation, start, _, repeats = t.denoiser.network.context
+    assert torch.equal(seen[0].view(-1, 6 - start, repeats), permutation[:, start:, None].expand(-1, -1, repeats))
 
 
 def test_a_half_saved_model_is_half_as_big_and_nearly_the_same(tmp_path):

@@ -27,6 +27,7 @@ KINDS = {
     "columns": {"basis": "pixel", "blocks": "columns"},
     "rows": {"basis": "pixel", "blocks": "rows", "b": 0.5},
     "patches": {"basis": "pixel", "blocks": "patches 2", "b": (0.2, 1.0), "known": 0.0},
+    "transformer": {"network": "transformer", "blocks": "patches 2"},
     "histograms": {"basis": "pixel", "blocks": "columns", "reference": "histograms"},
     "marginals": {"basis": "dct", "reference": "marginals"},
     "tissue": {"basis": "pixel", "blocks": "columns", "reference": "lattice gaussian"},
@@ -76,7 +77,8 @@ def test_every_choice_trains_samples_scores_and_comes_back_from_its_file(kind, t
     assert torch.equal(again.sample(3, steps=4), drawn)
     assert again.family.spec == model.family.spec and again.recommended == model.recommended
     assert again.card == model.card and repr(again) == repr(model)
-    assert again.bits_per_dim(IMAGES[:4], draws=1) == model.bits_per_dim(IMAGES[:4], draws=1)
+    bits = model.bits_per_dim(IMAGES[:4], draws=1)
+    assert again.bits_per_dim(IMAGES[:4], draws=1) == pytest.approx(bits, rel=1e-7)
 
 
 def test_fit_says_what_it_picked(capsys):
@@ -86,6 +88,15 @@ def test_fit_says_what_it_picked(capsys):
     for part in ("3 x 8 x 8", "pca", "a from 0.4 to 1.6", "recommended {'a': 1.0}", "width 8", "cpu"):
         assert part in said
     assert "b from 0.125 to 1" in repr(fitted("columns"))
+
+
+def test_a_transformer_is_for_pixels_and_its_tokens_are_the_blocks():
+    model = fitted("transformer")
+    assert model.denoiser.basis.name == "pixel" and model.denoiser.network.patch == 2
+    assert "transformer, width 8, depth 4, patch 2" in repr(model) and "b from 0.0625" in repr(model)
+    assert GUD.fit(IMAGES, network="transformer", **FAST).denoiser.network.patch == 4
+    odd = pictures(8, (1, 6, 10))
+    assert GUD.fit(odd, network="transformer", **FAST).denoiser.network.patch == 2
 
 
 def test_untrained_it_is_a_normal_distribution():

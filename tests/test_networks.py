@@ -15,7 +15,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from gudlib import bases, networks
-from gudlib.networks import ConvBlock, GammaGroups, UNet
+from gudlib.networks import ConvBlock, GammaGroups, Transformer, UNet
+from gudlib.schedules import patch_order
 
 LAST = torch.channels_last
 each_conditioning = pytest.mark.parametrize("conditioning", networks.CONDITIONINGS)
@@ -406,3 +407,67 @@ def test_impossible_networks_are_refused():
         unet(conditioning="map", linear=2)
     with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1, but got 1.5"):
         unet(dropout=1.5)
+
+
+# Transformer
+
+
+def transformer(shape=(3, 8, 12), **options):
+    torch.manual_seed(0)
+    return Transformer(shape, 3 * shape[0], **(dict(patch=4, width=16, depth=2, heads=2) | options))
+
+
+def told(shape, b=2, seed=2):
+    """Three images, and noise levels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(b, 3 * shape[0], *shape[1:], generator=generator)
+    return images, 2 * torch.randn(b, *shape, generator=generator)
+
+
+@pytest.mark.parametrize("options", [{}, dict(fourier=False), dict(maps=False), dict(patch=2, heads=4)])
+def test_a_transformer_answers_zero_and_then_an_image(options):
+    images, gamma = told((3, 8, 12))
+    network = transformer(**options)
+    assert (network(images, gamma) == 0).all()
+    answer = stir(network)(images, gamma)
+    assert answer.shape == (2, 3, 8, 12) and answer.std() > 0
+    config = network.config | {"shape": tuple(network.config["shape"])}
+    assert config.pop("kind") == "transformer"
+    again = Transformer(**config)
+    again.load_state_dict(network.state_dict())
+    assert torch.equal(again(images, gamma), answer)
+
+
+def test_every_patch_of_a_transformer_hears_every_other_and_its_level():
+    shape, network = (1, 8, 12), stir(transformer((1, 8, 12), fourier=False, maps=False))
+    images, gamma = told(shape)
+    answer = network(images, gamma)
+    for patch in range(6):
+        inside = network.levels.groups == patch
+        for changed in (network(images + inside, gamma), network(images, gamma + inside)):
+            moved = (changed - answer).abs().mean((0, 1))
+            by_patch = [moved[(network.levels.groups == k)[0]].mean() for k in range(6)]
+            assert min(by_patch) > 1e-6 and max(by_patch) == by_patch[patch]
+
+
+def test_patches_of_a_transformer_are_those_of_patch_order():
+    network, order = transformer((3, 8, 12)), patch_order((3, 8, 12), 4)
+    assert torch.equal(network.levels.groups, (order - order.min()).long())
+
+
+def test_a_transformer_of_moved_patches_is_moved():
+    """Without its places it knows no order: patches rolled by one give answers rolled by one."""
+    shape, network = (1, 8, 12), stir(transformer((1, 8, 12)))
+    with torch.no_grad():
+        network.place.zero_()
+    images, gamma = told(shape)
+    rolled = network(images.roll((4, 8), (2, 3)), gamma.roll((4, 8), (2, 3)))
+    torch.testing.assert_close(rolled, network(images, gamma).roll((4, 8), (2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_transformer_of_odd_sizes_is_refused():
+    with pytest.raises(ValueError, match="multiples of the patch, 4; got 8 x 10"):
+        transformer((1, 8, 10))
+    with pytest.raises(ValueError, match="width must be a multiple of heads, 3; got 16"):
+        transformer(heads=3)

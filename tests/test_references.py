@@ -8,8 +8,16 @@ from cases import randn
 
 from gudlib import baselines, bases, data, denoiser, families, likelihood, priors, references, schedules
 from gudlib.exact import gaussian, information
+from gudlib.mar import patchify
 from gudlib.process import Process, diffuse
-from gudlib.references import GroupedGaussian, Histograms, IndependentGaussian, LatticeGaussian, Marginals
+from gudlib.references import (
+    GroupedGaussian,
+    Histograms,
+    IndependentGaussian,
+    LatticeGaussian,
+    Marginals,
+    PatchHistograms,
+)
 
 SHAPE = (1, 4, 4)
 HALF = 127.5
@@ -414,6 +422,7 @@ def test_every_reference_is_kept_with_its_denoiser(tmp_path):
     made = [
         IndependentGaussian(basis, prior),
         Histograms.fit(basis, prior, images, 3),
+        PatchHistograms.fit(basis, prior, images),
         Marginals.fit(haar, white, images, 32),
         GroupedGaussian.fit(blocks, flat, images),
         LatticeGaussian.fit(bases.Blocks.waves(SHAPE), flat, images, "all"),
@@ -430,6 +439,31 @@ def test_every_reference_is_kept_with_its_denoiser(tmp_path):
         denoiser.save(model, tmp_path / "half", half=True)
         close = denoiser.load(tmp_path / "half")(white_t, gamma)
         torch.testing.assert_close(close, model(white_t, gamma), rtol=2e-2, atol=2e-2)
+
+
+def test_patches_at_their_places_have_the_histograms_of_the_image():
+    """In any order, several at one place or none at another, they say what the image's histograms say of its pixels."""
+    images, shape = pictures(300), (1, 2, 2)
+    basis, prior = of_pixels(images)
+    even = priors.isotropic(priors.Moments(torch.full(SHAPE, 0.1), prior.variance), 0.7)
+    cell = priors.isotropic(priors.Moments(even.mean[:, :2, :2], prior.variance[:, :2, :2]), 0.7)
+    whole = Histograms.fit(basis, even, images, 1)
+    reference = PatchHistograms.fit(bases.Pixel(shape), cell, images)
+    white, gamma = randn(3, *SHAPE).float(), (3 * randn(3, *SHAPE, seed=1) - 3).float()
+    expected = whole.posterior(white, gamma)
+    places = torch.tensor([[3, 0], [1, 1], [2, 0]])
+
+    def cut(x):
+        return patchify(x, 2).take_along_dim(places[..., None], 1).reshape(-1, *shape)
+
+    found = reference.at(places.flatten()).posterior(cut(white), cut(gamma))
+    for name in ("mean", "deviation", "eps"):
+        torch.testing.assert_close(getattr(found, name), cut(getattr(expected, name)), rtol=1e-5, atol=1e-6)
+    x = data.scale(images[:3])
+    each = reference.at(torch.arange(4).repeat(3)).nll(patchify(x, 2).reshape(-1, *shape))
+    torch.testing.assert_close(each.view(3, 4).sum(1), whole.nll(x))
+    plain = IndependentGaussian(basis, prior)
+    assert plain.at(places.flatten()) is plain
 
 
 def test_what_was_never_seen_is_finite():
@@ -474,11 +508,15 @@ def errors():
     blocks = bases.Blocks.waves(SHAPE)
     uneven = priors.whitened(priors.Moments(torch.zeros(SHAPE), torch.rand(SHAPE) + 0.1))
     even = priors.isotropic(uneven.moments)
+    small = priors.isotropic(priors.Moments(torch.zeros(1, 3, 3), torch.ones(1, 3, 3)), 1.0)
     one, eye = torch.zeros(4, 1), torch.eye(4).expand(4, 4, 4)
     member = torch.arange(4)[:, None]
     return {
         "histograms of grey levels are for pixels; the basis is 'haar'": lambda: Histograms.fit(haar, prior, images, 2),
         "weight must not be negative": lambda: Histograms(basis, prior, -torch.ones(2, 1, 4, 4, 256)),
+        r"and of shape \(L, 1, 4, 4": lambda: PatchHistograms(basis, prior, torch.ones(1, 4, 4, 256)),
+        "are for pixels; the basis is 'blocks'": lambda: PatchHistograms(blocks, prior, torch.ones(1, 1, 4, 4, 256)),
+        "must be made of patches": lambda: PatchHistograms.fit(bases.Pixel((1, 3, 3)), small, images),
         "bins must be a power of 2": lambda: Marginals.fit(haar, uneven, images, 100),
         "must be one of blocks .*; it is 'pixel'": lambda: GroupedGaussian.fit(basis, even, images),
         "one scale for all components": lambda: GroupedGaussian(blocks, uneven, member, eye, one),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,7 +13,7 @@ from gudlib import bases, denoiser, priors
 from gudlib.denoiser import Denoiser
 from gudlib.mar.networks import KINDS, Cache, Labels, Network, Permutation, Tokens, patch_count
 from gudlib.process import Batch, Gamma, Model, Process
-from gudlib.references import IndependentGaussian
+from gudlib.references import Reference
 from gudlib.schedules import Schedule
 
 
@@ -45,17 +45,26 @@ class Conditioned(nn.Module):
 
 
 class Autoregressor(nn.Module):
-    """A network with the basis and prior of its tokens: images in, models of tokens out.
+    """A network around a reference of its tokens: images in, models of tokens out.
 
     Arguments:
         network: trunk and head.
-        basis: U of a patch (c, p, p), the tokens' linear code.
-        prior: S of its components, and their variance.
+        reference: of tokens, patches (c, p, p), around which the head is put; with their basis and prior.
     """
 
-    def __init__(self, network: Network, basis: bases.Basis, prior: priors.Prior) -> None:
+    def __init__(self, network: Network, reference: Reference) -> None:
         super().__init__()
-        self.network, self.basis, self.prior = network, basis, prior
+        self.network, self.reference = network, reference
+
+    @property
+    def basis(self) -> bases.Basis:
+        """U of a patch, the tokens' linear code."""
+        return self.reference.basis
+
+    @property
+    def prior(self) -> priors.Prior:
+        """m and S of its components."""
+        return self.reference.prior
 
     def process(self, schedule: Schedule) -> Process:
         """The diffusion of one token."""
@@ -95,8 +104,9 @@ class Autoregressor(nn.Module):
         """
         none = permutation.new_full((len(permutation),), self.network.classes)
         labels, tokens = none if labels is None else labels, tokens.float()
+        places = permutation[:, start:stop].flatten()
         if guidance == 1:
-            return self._denoiser(self.network.trunk(tokens, permutation, start, stop, labels, cache))
+            return self._denoiser(self.network.trunk(tokens, permutation, start, stop, labels, cache), places)
         both = self.network.trunk(
             torch.cat([tokens, tokens]),
             torch.cat([permutation, permutation]),
@@ -105,7 +115,7 @@ class Autoregressor(nn.Module):
             torch.cat([labels, none]),
             cache,
         )
-        with_label, without = (self._denoiser(z) for z in both.chunk(2))
+        with_label, without = (self._denoiser(z, places) for z in both.chunk(2))
 
         def guided(white_t: Batch, gamma: Gamma) -> Batch:
             base = without(white_t, gamma)
@@ -113,13 +123,13 @@ class Autoregressor(nn.Module):
 
         return guided
 
-    def _denoiser(self, z: Float[Tensor, "b m width"]) -> Denoiser:
-        return Denoiser(Conditioned(self.network.head, z.flatten(0, 1)), IndependentGaussian(self.basis, self.prior))
+    def _denoiser(self, z: Float[Tensor, "b m width"], places: Int64[Tensor, " n"]) -> Denoiser:
+        return Denoiser(Conditioned(self.network.head, z.flatten(0, 1)), self.reference.at(places))
 
 
 def save(model: Autoregressor, path: str | Path, half: bool = False, card: dict[str, Any] | None = None) -> None:
     """Write a model to one safetensors file, as `denoiser.save`, whose arguments these are."""
-    denoiser.save(Denoiser(model.network, IndependentGaussian(model.basis, model.prior)), path, half, card)
+    denoiser.save(Denoiser(model.network, model.reference), path, half, card)
 
 
 def load(path: str | Path) -> Autoregressor:
@@ -131,9 +141,9 @@ def load(path: str | Path) -> Autoregressor:
     tensors, header = denoiser.read_saved(path)
     if header["network"]["kind"] not in KINDS:
         raise ValueError(f"{path} holds a network of kind {header['network']['kind']!r}; use denoiser.load")
-    model = Autoregressor(Network(**header["network"]), *denoiser.basis_and_prior(tensors, header))
-    model.load_state_dict(tensors)
-    return model.eval()
+    network = Network(**header["network"])
+    network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
+    return Autoregressor(network, denoiser.saved_reference(tensors, header)).eval()
 
 
 def white_tokens(basis: bases.Basis, prior: priors.Prior, images: Batch) -> Tokens:

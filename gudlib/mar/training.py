@@ -13,7 +13,6 @@ from gudlib.families import stratified_times
 from gudlib.mar.model import Autoregressor, Conditioned, check_labels, permutations
 from gudlib.mar.networks import Network
 from gudlib.process import diffuse
-from gudlib.references import IndependentGaussian
 from gudlib.schedules import Schedule
 from gudlib.training import Loop, TrainingConfig
 
@@ -83,7 +82,7 @@ class MarTrainer(Loop):
         if (labels is None) != (network.classes == 0):
             raise ValueError(f"labels must be given if the network has classes, only then; it has {network.classes}")
         check_labels(labels, len(images), network.classes)
-        plain = Denoiser(network, IndependentGaussian(model.basis, model.prior))
+        plain = Denoiser(network, model.reference)
         super().__init__(plain, images, network.image, config, checkpoint)
         self.model, self.schedule = model.to(self.images.device), schedule
         self.labels = None if labels is None else labels.to(self.images.device)
@@ -113,7 +112,8 @@ class MarTrainer(Loop):
         white, eps = target[mine].reshape(-1, *shape), eps[mine].reshape(-1, *shape)
         gamma = self.schedule.gamma(t).float()
         context = tokens[mine], permutation[mine], start, labels[mine], s.repeats
-        model = Denoiser(Conditioned(self.denoiser.network, *context), self.denoiser.reference)
+        places = permutation[mine, start:].repeat_interleave(s.repeats, 1).flatten()
+        model = Denoiser(Conditioned(self.denoiser.network, *context), self.denoiser.reference.at(places))
         with self.seeded(generator):
             error = (eps - model(diffuse(white, gamma, eps), gamma)).square()
         return self.weighted(error, self.schedule, t), error
@@ -121,4 +121,4 @@ class MarTrainer(Loop):
     def averaged(self) -> Autoregressor:
         """A model with the averaged weights, sharing basis and prior; for sampling."""
         network: Network = self.average  # type: ignore[assignment]
-        return Autoregressor(network, self.model.basis, self.model.prior).eval()
+        return Autoregressor(network, self.model.reference).eval()
