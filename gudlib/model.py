@@ -217,7 +217,7 @@ class GUD:
         a: PerImage | None = None,
         b: PerImage | Sequence[PerImage] | None = None,
         steps: int | None = None,
-        method: str | samplers.Method = "gaussian-pc",
+        method: str | samplers.Method | None = None,
         seed: int = 0,
         chunk: int = 64,
         progress: bool = False,
@@ -229,7 +229,8 @@ class GUD:
             n: how many.
             a, b: the member of the family to follow; default `recommended`.
             steps: updates of the sampler; default 20 for each component while it moves.
-            method: a name of `samplers.METHODS`, or a method.
+            method: a name of `samplers.METHODS`, or a method; default `ancestral` for models of blocks, which forgives
+                what a network hasn't learnt, else `gaussian-pc`.
             seed: of the noise: the same seed draws the same pictures.
             chunk: pictures at a time, which bounds the memory.
             progress: show a bar.
@@ -243,7 +244,7 @@ class GUD:
         generator, drawn = torch.Generator(self.device).manual_seed(seed), []
         for part in torch.arange(n).split(chunk):
             process, sizes = self._sampling(steps, **self._member(_rows(a, part), _rows(b, part)))
-            sizes |= {"method": method, "generator": generator, "progress": progress} | options
+            sizes |= {"method": method or sizes["method"], "generator": generator, "progress": progress} | options
             drawn.append(to_uint8(samplers.sample(self.denoiser, process, len(part), **sizes).data).cpu())
         return torch.cat(drawn)
 
@@ -254,7 +255,7 @@ class GUD:
         a: PerImage | None = None,
         b: PerImage | Sequence[PerImage] | None = None,
         steps: int | None = None,
-        method: str | samplers.Method = "gaussian-pc",
+        method: str | samplers.Method | None = None,
         seed: int = 0,
         **options: Any,
     ) -> Pictures:
@@ -278,7 +279,7 @@ class GUD:
         mask = known.to(self.device)[..., None, :, :].expand(*known.shape[:-2], *self.denoiser.basis.shape)
         generator = torch.Generator(self.device).manual_seed(seed)
         process, sizes = self._sampling(steps, **self._member(a, b))
-        sizes |= {"method": method, "generator": generator, "grid": "uniform"} | options
+        sizes |= {"method": method or sizes["method"], "generator": generator, "grid": "uniform"} | options
         filled = samplers.inpaint(self.denoiser, process, scale(images), mask, **sizes).data
         return torch.where(mask, images, to_uint8(filled)).cpu()
 
@@ -476,10 +477,15 @@ class GUD:
         return given
 
     def _sampling(self, steps: int | None, **member: Any) -> tuple[Process, dict[str, Any]]:
-        """The process, and steps with their grid: where each picture has a schedule of its own, none suits all."""
-        process = self.process(**member)
+        """The process, and method and steps with their grid: where pictures have schedules of their own, none suits all.
+
+        Along blocks, solvers that extrapolate what the network said make pictures of noise, the more so the later a
+        block; ancestral steps in even time don't.
+        """
+        process, blocks = self.process(**member), isinstance(_innermost(self._family()), Sequential)
         steps = round(EVALUATIONS / self._family().moving(**member)) if steps is None else steps
-        return process, {"steps": steps, "grid": "uniform" if process.schedule.batch else "adapted"}
+        grid = "uniform" if blocks or process.schedule.batch else "adapted"
+        return process, {"steps": steps, "grid": grid, "method": "ancestral" if blocks else "gaussian-pc"}
 
     def _family(self) -> Family:
         if self.family is None:

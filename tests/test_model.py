@@ -99,6 +99,18 @@ def test_a_transformer_is_for_pixels_and_its_tokens_are_the_blocks():
     assert GUD.fit(odd, network="transformer", **FAST).denoiser.network.patch == 2
 
 
+@pytest.mark.parametrize(
+    "kind, method, grid", [("pca", "gaussian-pc", "adapted"), ("patches", "ancestral", "uniform"),
+                           ("levels, columns", "ancestral", "uniform")]
+)  # fmt: skip
+def test_blocks_are_drawn_with_ancestral_steps_in_even_time(kind, method, grid):
+    model = trained(kind)
+    asked = model.sample(3, steps=6, method=method, grid=grid)
+    assert torch.equal(model.sample(3, steps=6), asked)
+    for other in ({"method": "gaussian-2m"}, {"grid": "adapted" if grid == "uniform" else "uniform"}):
+        assert not torch.equal(model.sample(3, steps=6, **other), asked)
+
+
 def test_untrained_it_is_a_normal_distribution():
     """Its bits per dimension are those of independent normals in the basis, of the variances fitted."""
     model, unseen = fitted("pca"), pictures(64, seed=1)
