@@ -45,13 +45,12 @@ def haar(images: Tensor) -> GUD:
 
 
 def transformer(images: Tensor) -> GUD:
-    """Patches, at once or one after another, by a transformer around the grey levels of each pixel."""
+    """Patches, at once or one after another, by a transformer."""
     options = {"network": "transformer", "blocks": "patches", "known": 0.0, "width": 192, "depth": 6, "heads": 6}
-    model = GUD.fit(images, reference="histograms", **options)
-    basis, prior, family = model.denoiser.basis, model.denoiser.prior, model.family
-    model.denoiser.reference = references.Histograms.fit(basis, prior, images, sectors=1)
-    assert family is not None
-    model.family = families.rebuild(families.stopping_at(family.spec, QUARTER), basis, prior)
+    model = GUD.fit(images, reference="independent gaussian", **options)
+    assert model.family is not None
+    spec = families.stopping_at(model.family.spec, QUARTER)
+    model.family, model.recommended = families.rebuild(spec, model.denoiser.basis, model.denoiser.prior), {"b": 0.3}
     return model
 
 

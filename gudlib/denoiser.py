@@ -97,7 +97,7 @@ def build(
         groups: into how many groups of noise levels the network's conditioning divides the components.
         label: along which they are grouped, by name or itself (c, h, w); default the prior's order (variance).
         reference: around which the network is put, of this basis and prior; default independent normals.
-        kind: `unet` or `transformer`, which is for pixels and has a group for each patch.
+        kind: `unet` or `transformer`, which is for pixels; groups are its patches, whatever the two above say.
         network: options of `networks.UNet` or `networks.Transformer`.
 
     Raises:
@@ -112,14 +112,15 @@ def build(
     return Denoiser(net, made).to(prior.mean.device)
 
 
-def _network(kind: str, basis: bases.Basis, groups: Tensor | None, options: dict[str, Any]) -> networks.Network:
+def _network(
+    kind: str, basis: bases.Basis, groups: Tensor, options: dict[str, Any]
+) -> networks.UNet | networks.Transformer:
     if kind not in networks.KINDS:
-        raise ValueError(f"network must be one of {networks.KINDS}; got {kind!r}")
+        raise ValueError(f"kind must be one of {networks.KINDS}; got {kind!r}")
     if kind == "transformer":
         if basis.name != "pixel":
-            raise ValueError(f"network 'transformer' is for pixels, whose patches it sees; the basis is {basis.name!r}")
-        options = {"shape": basis.shape, "inputs": (2 + options.get("fourier", True)) * basis.shape[0]} | options
-        return networks.Transformer(**options)
+            raise ValueError(f"kind 'transformer' is for pixels, whose patches it sees; the basis is {basis.name!r}")
+        return networks.Transformer(**{"shape": basis.shape, "inputs": 3 * basis.shape[0]} | options)
     inverse = copy.deepcopy(basis).cpu().inverse if options.get("conditioning") == "local" else None
     options = {"shape": basis.shape, "inputs": (2 + options.get("fourier", False)) * basis.shape[0]} | options
     return networks.UNet(groups=groups, inverse=inverse, **options)

@@ -5,6 +5,7 @@ Everything here is a few calls of other modules, which stay in reach: `model.den
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,11 +21,12 @@ from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser
 from gudlib.families import Derived, Family, Known, Range, Sequential
 from gudlib.process import Process
-from gudlib.references import GroupedGaussian, Histograms, IndependentGaussian, LatticeGaussian
+from gudlib.references import GroupedGaussian, Histograms, IndependentGaussian, LatticeGaussian, PatchHistograms
 from gudlib.schedules import PerImage
 from gudlib.training import Record, Trainer, TrainingConfig
 
 Pictures = UInt8[Tensor, "n c h w"]
+LARGEST_SEQUENCE = 4096  # patches of a picture, whose attention grows with the square
 LARGEST_PCA = 6144  # numbers in a picture; the time for principal components grows with the third power
 EVALUATIONS = 20  # of the network, for each component while it moves
 FINEST_ON_LATTICE = 0.2 / 127.5  # noise at t = 0 if the reference knows grey levels: a fifth of one
@@ -102,10 +104,14 @@ class GUD:
             ValueError: for images that are not such, or a choice that does not exist or does not fit them.
         """
         basis = ("pixel" if network == "transformer" else "pca") if basis is None else basis
-        shape = _checked(images, basis, network, a, blocks, b)
+        shape = _checked(images, basis, network, a, blocks, b, options)
         grouped = reference in (GroupedGaussian.name, LatticeGaussian.name)
         if grouped and not (basis == "pixel" and blocks in ("columns", ["columns"], ("columns",))):
             raise ValueError(f"reference {reference!r} needs basis='pixel' and blocks='columns'")
+        if grouped and network == "transformer":
+            raise ValueError(f"reference {reference!r} is in waves along columns: it needs network='unet'")
+        if reference == PatchHistograms.name:
+            raise ValueError(f"reference {reference!r} is for single patches, in gudlib.mar; take 'histograms'")
         if reference == Histograms.name and blocks is None:
             raise ValueError("reference 'histograms' knows grey levels, not dequantised ones: it needs blocks")
         in_pixels = basis == "pixel" and not grouped
@@ -124,7 +130,7 @@ class GUD:
             shuffled = images.cpu()[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
             fitted.reference = references.best(names, fitted.basis, fitted.prior, shuffled)
         if network == "transformer":
-            options = {"patch": _patch(shape, blocks)} | options
+            options = options if "patch" in options else {"patch": _patch(shape, blocks)} | options
         else:
             told = IN_PIXELS if basis == "pixel" else ELSEWHERE
             options = _sizes(shape) | {"width": 24 if len(images) < 1000 else 32} | told | options
@@ -228,7 +234,8 @@ class GUD:
         Arguments:
             n: how many.
             a, b: the member of the family to follow; default `recommended`.
-            steps: updates of the sampler; default 20 for each component while it moves.
+            steps: updates of the sampler, by default 20 for each component while it moves; in even time for models of
+                blocks, else `adapted` (`samplers.sample`).
             method: a name of `samplers.METHODS`, or a method; default `ancestral` for models of blocks, which forgives
                 what a network hasn't learnt, else `gaussian-pc`.
             seed: of the noise: the same seed draws the same pictures.
@@ -477,7 +484,7 @@ class GUD:
         return given
 
     def _sampling(self, steps: int | None, **member: Any) -> tuple[Process, dict[str, Any]]:
-        """The process, and method and steps with their grid: where pictures have schedules of their own, none suits all.
+        """The process, with method, steps and grid, which is even where pictures have schedules of their own.
 
         Along blocks, solvers that extrapolate what the network said make pictures of noise, the more so the later a
         block; ancestral steps in even time don't.
@@ -517,7 +524,9 @@ def _innermost(family: Family) -> Family:
     return _innermost(family.family) if isinstance(family, Derived) else family
 
 
-def _checked(images: Any, basis: str, network: str, a: Any, blocks: Any, b: Any) -> tuple[int, int, int]:
+def _checked(
+    images: Any, basis: str, network: str, a: Any, blocks: Any, b: Any, options: dict[str, Any]
+) -> tuple[int, int, int]:
     """The shape of images that can be fitted."""
     known = ("pca", "dct", "fourier", "haar", "pixel")
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or len(images) < 4:
@@ -528,6 +537,10 @@ def _checked(images: Any, basis: str, network: str, a: Any, blocks: Any, b: Any)
         raise ValueError(f"network must be one of {networks.KINDS}; got {network!r}")
     if network == "transformer" and basis != "pixel":
         raise ValueError(f"network 'transformer' is for pixels, whose patches it sees; the basis is {basis!r}")
+    made = networks.Transformer if network == "transformer" else networks.UNet
+    known_options = set(inspect.signature(made.__init__).parameters) - {"self", "shape", "groups", "inputs", "inverse"}
+    if unknown := options.keys() - known_options:
+        raise ValueError(f"options of a {network} are {sorted(known_options)}; got {sorted(unknown)}")
     if blocks is not None and a is not None:
         raise ValueError(f"a is for schedules without blocks; got a = {a} and blocks = {blocks!r}")
     if blocks is None and b is not None:
@@ -554,11 +567,17 @@ def _rows(values: Any, part: Tensor) -> Any:
 
 def _patch(shape: tuple[int, int, int], blocks: str | Sequence[str] | None) -> int:
     """Side of a transformer's patches: what the blocks say, else the largest that divides a picture, up to 4 or 8."""
-    for block in [blocks] if isinstance(blocks, str) else blocks or []:
-        name, _, size = block.partition(" ")
-        if name == "patches" and size.isdecimal():
-            return int(size)
-    return next(p for p in (8, 4, 2, 1) if (p < 8 or min(shape[1:]) >= 96) and not (shape[1] % p or shape[2] % p))
+    pairs = (block.partition(" ") for block in ([blocks] if isinstance(blocks, str) else blocks or []))
+    if sizes := [int(size or 4) for name, _, size in pairs if name == "patches" and (size or "4").isdecimal()]:
+        return min(sizes)
+    _, h, w = shape
+    side = next(p for p in range(8 if min(h, w) >= 96 else 4, 0, -1) if not (h % p or w % p))
+    if h * w > LARGEST_SEQUENCE * side**2:
+        raise ValueError(
+            f"pictures of {h} x {w} make {h * w // side**2} patches of {side} pixels, more than {LARGEST_SEQUENCE}: "
+            "load them at another size, or say patch"
+        )
+    return side
 
 
 def _sizes(shape: tuple[int, int, int]) -> dict[str, Any]:

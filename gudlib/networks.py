@@ -334,11 +334,14 @@ class Transformer(nn.Module):
         inputs: number of input channels.
         patch: side of the patches, the tokens.
         width, depth, heads: of the blocks.
-        fourier, maps: as for `UNet`.
+
+    It sees the noised image's waves and the noise levels, as a `UNet` with `fourier` and `maps`.
 
     Raises:
-        ValueError: if the patches don't divide the image, or heads the width.
+        ValueError: if a size is below 1, the patches don't divide the image, or heads the width.
     """
+
+    fourier = maps = True
 
     def __init__(
         self,
@@ -348,27 +351,28 @@ class Transformer(nn.Module):
         width: int = 96,
         depth: int = 4,
         heads: int = 4,
-        fourier: bool = True,
-        maps: bool = True,
     ) -> None:
         super().__init__()
         channels, h, w = shape
+        for name, value in {"patch": patch, "width": width, "depth": depth, "heads": heads}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
         if h % patch or w % patch:
             raise ValueError(f"height and width must be multiples of the patch, {patch}; got {h} x {w}")
         if width % heads:
             raise ValueError(f"width must be a multiple of heads, {heads}; got {width}")
         self.config: dict[str, Any] = {
             "kind": "transformer", "shape": list(shape), "inputs": inputs, "patch": patch, "width": width,
-            "depth": depth, "heads": heads, "fourier": fourier, "maps": maps,
+            "depth": depth, "heads": heads,
         }  # fmt: skip
-        self.patch, self.heads, self.channels, self.fourier, self.maps = patch, heads, channels, fourier, maps
+        self.patch, self.heads, self.channels = patch, heads, channels
         rows, columns = h // patch, w // patch
         place = torch.arange(rows * columns, device="cpu").view(rows, columns)
         place = place.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
         self.levels = GammaGroups(place.expand(shape).contiguous())
         self.octaves: Tensor
         self.register_buffer("octaves", torch.pi * 2.0 ** torch.tensor(OCTAVES), persistent=False)
-        inputs += channels * (2 * maps + 2 * len(OCTAVES) * fourier)
+        inputs += channels * (2 + 2 * len(OCTAVES))
         self.stem = nn.Linear(inputs * patch**2, width)
         self.place = nn.Parameter(0.02 * torch.randn(rows * columns, width))
         self.level = nn.Sequential(nn.Linear(9, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
@@ -401,10 +405,7 @@ class Transformer(nn.Module):
         return functional.pixel_shuffle(tokens.mT.unflatten(2, (rows, -1)), self.patch)
 
 
-Network = UNet | Transformer
-
-
-def _seen(network: Network, images: Tensor, gamma: Tensor) -> Tensor:
+def _seen(network: UNet | Transformer, images: Tensor, gamma: Tensor) -> Tensor:
     """All that the blocks of a network see, at full resolution."""
     seen = [images]
     if network.fourier:

@@ -220,16 +220,16 @@ class _Pyramid(Reference):
 
     def posterior(self, white_t: Batch, gamma: Gamma) -> Posterior:
         """As `Reference`; computed in float32."""
-        gamma, rows = gamma.expand_as(white_t), max(1, AT_ONCE // white_t[0].numel())
-        component = self._component().expand(len(white_t), -1)
+        gamma, rows = gamma.expand_as(white_t), max(1, AT_ONCE // math.prod(self.basis.shape))
+        component = self._component(len(white_t)).expand(len(white_t), -1)
         split = (x.split(rows) for x in (white_t.float(), gamma.float(), component))
         parts = [self._of(*part) for part in zip(*split, strict=True)]
         mean, deviation, eps = (torch.cat(part).to(white_t) for part in zip(*parts, strict=True))
         v = torch.sigmoid(-gamma) * self.prior.white_variance.to(white_t) + torch.sigmoid(gamma)
         return Posterior(mean, deviation, white_t / v.sqrt(), eps)
 
-    def _component(self) -> Int64[Tensor, "#n d"]:
-        """Which of the tables each component has."""
+    def _component(self, n: int) -> Int64[Tensor, "#n d"]:
+        """Which of the tables each component of n images has."""
         return torch.arange(math.prod(self.basis.shape), device=self.table.device)[None]
 
     def _of(self, white_t: Batch, gamma: Batch, component: Int64[Tensor, "b d"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -412,12 +412,12 @@ class PatchHistograms(_GreyLevels):
                 f"got {tuple(weight.shape)}, smallest {float(weight.min()):.3g}"
             )
         self.register_buffer("weight", weight)
-        self.places = torch.zeros(1, dtype=torch.long)
+        self.places: Tensor | None = None
         levels = torch.arange(LEVELS, dtype=torch.float64, device=weight.device).expand(weight[..., 0].numel(), -1)
         self._tabulate(self._log().exp().flatten(0, 1)[None], levels, torch.zeros_like(levels))
 
     def at(self, places: Int64[Tensor, " n"]) -> "PatchHistograms":
-        """As `Reference`: the same tables, for n patches in reading order."""
+        """As `Reference`: a view of the same tables, which move to a device with it; places are 0 .. L - 1."""
         mine = copy.copy(self)
         mine.places = places
         return mine
@@ -439,12 +439,26 @@ class PatchHistograms(_GreyLevels):
 
     def nll(self, data: Batch) -> Float[Tensor, " n"]:
         """As `Reference`, of patches at their places."""
-        level, log = to_uint8(data).flatten(1).long(), self._log()[self.places.expand(len(data)).to(self.weight.device)]
-        return -log.gather(2, level[..., None])[..., 0].sum(1).double()
+        return -self._log().flatten(0, 1)[self._component(len(data)), to_uint8(data).flatten(1).long()].sum(1).double()
 
-    def _component(self) -> Int64[Tensor, "#n d"]:
+    def bits(self, images: Grey) -> Float[Tensor, " n"]:
+        """As `Reference`, of whole images (n, c, h, w), all their patches in reading order."""
+        patches = functional.pixel_unshuffle(scale(images), self.basis.shape[-1]).flatten(2).mT  # (n, L, D)
+        everywhere = self.at(torch.arange(patches.shape[1], device=images.device))
+        nats = [everywhere.nll(each.view(-1, *self.basis.shape)).sum() for each in patches]
+        return torch.as_tensor(bits_per_dim(torch.stack(nats), images[0].numel(), 1.0))
+
+    def _component(self, n: int) -> Int64[Tensor, "#n d"]:
+        count, places = len(self.weight), self.places
+        if places is None and count == 1:
+            places = torch.zeros(n, dtype=torch.long)
+        if places is None or len(places) != n:
+            told = "none" if places is None else str(len(places))
+            raise ValueError(
+                f"places must be {n} of 0 .. {count - 1}, one for each patch, as `at` takes them; got {told}"
+            )
         d = math.prod(self.basis.shape)
-        return self.places.to(self.table.device)[:, None] * d + torch.arange(d, device=self.table.device)
+        return places.to(self.table.device)[:, None] * d + torch.arange(d, device=self.table.device)
 
 
 class Marginals(_Pyramid):

@@ -280,18 +280,18 @@ def reference(d, kind):
 
 @probe("references", *REFERENCES)
 def use_reference(d, kind):
-    made = reference(d, kind)
-    made = made.at(torch.tensor([3, 5, 0]).to(d)) if kind == "PatchHistograms" else made
+    places = torch.tensor([3, 5, 0]).to(d)
+    made = reference(d, kind).at(places)
     _, h, w = made.basis.shape
     gamma, pixels = torch.linspace(-8, 4, w).to(d).expand(3, *made.basis.shape), IMAGES[:3, :, :h, :w].to(d)
     x = data.scale(pixels) if made.decoder == "discrete" else photos(d, 3)
     white = normals(d)[..., :h, :w]
     found = made.posterior(white, gamma)
-    rebuilt = references.rebuild(made.name, made.basis, made.prior, tables_of(made))
+    rebuilt = references.rebuild(made.name, made.basis, made.prior, tables_of(made)).at(places)
     found = *found, made(white, gamma), rebuilt(white, gamma), made.white(made.components(white))
     if isinstance(made, references.GroupedGaussian):
         found = *found, made.stationary().covariance
-    return *found, made.nll(x.double()), made.bits(pixels)
+    return *found, made.nll(x.double()), made.bits(IMAGES[:3].to(d))
 
 
 def tables_of(made):

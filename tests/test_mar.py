@@ -752,6 +752,8 @@ def test_untrained_it_is_the_histograms_of_its_places(kind, tmp_path):
     mar.save(model, tmp_path / "m", half=True)
     again = mar.load(tmp_path / "m")
     assert isinstance(again.reference, PatchHistograms)
+    mar.save(model, tmp_path / "whole")
+    assert (tmp_path / "whole").stat().st_size - (tmp_path / "m").stat().st_size > 2 * model.reference.weight.numel()
     x, places = scale(pixels[:100]), torch.arange(6).repeat(100)
     exact = again.reference.at(places).nll(mar.patchify(x, 2).reshape(-1, 1, 2, 2)).view(100, 6)
     token = schedules.linear((1, 2, 2), 2 * math.log(0.25 / 127.5) - 2 * float(model.prior.scale[0, 0, 0].log()), 9.0)
@@ -773,6 +775,30 @@ def test_training_tells_the_reference_where_tokens_are(monkeypatch):
     t.loss(0)
     _, permutation, start, _, repeats = t.denoiser.network.context
     assert torch.equal(seen[0].view(-1, 6 - start, repeats), permutation[:, start:, None].expand(-1, -1, repeats))
+
+
+def test_guidance_and_averages_keep_the_places():
+    """With g the head is asked twice; both answers are around the histograms of the same places."""
+    model, x = with_histograms("masked", awake=False), cases.randn(6, 1, 2, 2).float()
+    tokens, permutation = model.tokens(scale(pictures(3))), orders(3)
+    guided = model.conditional(tokens, permutation, 2, 4, LABELS[:3], guidance=2.0)(x, torch.zeros(1, 1, 2, 2))
+    plain = model.reference.at(permutation[:, 2:4].flatten())(x, torch.zeros(1, 1, 2, 2))
+    torch.testing.assert_close(guided, plain)
+    config = replace(QUICK, discrete=True)
+    t = mar.MarTrainer(model.train(), pictures(), LABELS, cosine(model), config)
+    assert t.averaged().reference is model.reference
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_references_of_other_patches_are_refused():
+    model, histograms = build("raster"), with_histograms("raster").reference
+    other = bases.Pixel((1, 1, 1))
+    one = priors.isotropic(priors.Moments(torch.zeros(1, 1, 1), torch.ones(1, 1, 1)), 1.0)
+    with pytest.raises(ValueError, match=r"reference must be of patches \(1, 2, 2\).*got \(1, 1, 1\)"):
+        mar.Autoregressor(model.network, IndependentGaussian(other, one))
+    few = PatchHistograms(histograms.basis, histograms.prior, histograms.weight[:5])
+    with pytest.raises(ValueError, match="the network's 6 patches; got 5"):
+        mar.Autoregressor(model.network, few)
 
 
 def test_a_half_saved_model_is_half_as_big_and_nearly_the_same(tmp_path):

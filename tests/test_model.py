@@ -95,12 +95,15 @@ def test_a_transformer_is_for_pixels_and_its_tokens_are_the_blocks():
     assert model.denoiser.basis.name == "pixel" and model.denoiser.network.patch == 2
     assert "transformer, width 8, depth 4, patch 2" in repr(model) and "b from 0.0625" in repr(model)
     assert GUD.fit(IMAGES, network="transformer", **FAST).denoiser.network.patch == 4
-    odd = pictures(8, (1, 6, 10))
-    assert GUD.fit(odd, network="transformer", **FAST).denoiser.network.patch == 2
+    for shape, patch in {(1, 6, 10): 2, (1, 9, 6): 3, (1, 96, 96): 8}.items():
+        assert GUD.fit(pictures(8, shape), network="transformer", **FAST).denoiser.network.patch == patch
+    blocks = ("patches 8", "patches")
+    nested = GUD.fit(pictures(8, (1, 96, 96)), network="transformer", blocks=blocks, known=0.0, **FAST)
+    assert nested.denoiser.network.patch == 4
 
 
 @pytest.mark.parametrize(
-    "kind, method, grid", [("pca", "gaussian-pc", "adapted"), ("patches", "ancestral", "uniform"),
+    "kind, method, grid", [("pca", "gaussian-pc", "adapted"), ("columns", "ancestral", "uniform"),
                            ("levels, columns", "ancestral", "uniform")]
 )  # fmt: skip
 def test_blocks_are_drawn_with_ancestral_steps_in_even_time(kind, method, grid):
@@ -109,6 +112,10 @@ def test_blocks_are_drawn_with_ancestral_steps_in_even_time(kind, method, grid):
     assert torch.equal(model.sample(3, steps=6), asked)
     for other in ({"method": "gaussian-2m"}, {"grid": "adapted" if grid == "uniform" else "uniform"}):
         assert not torch.equal(model.sample(3, steps=6, **other), asked)
+    if kind == "columns":
+        known = torch.rand(SHAPE[1:], generator=torch.Generator().manual_seed(0)) < 0.5
+        filled = model.inpaint(IMAGES[:3], known, steps=6)
+        assert torch.equal(filled, model.inpaint(IMAGES[:3], known, steps=6, method=method))
 
 
 def test_untrained_it_is_a_normal_distribution():
@@ -443,6 +450,15 @@ def test_a_wrong_choice_is_refused_before_any_work(tmp_path):
         (lambda: GUD.fit(IMAGES[:3]), r"got torch.uint8 of shape \(3, 3, 8, 8\)"),
         (lambda: GUD.fit(IMAGES, "wavelet"), "basis must be one of .*; got 'wavelet'"),
         (lambda: GUD.fit(IMAGES, network="mlp"), "network must be one of .*; got 'mlp'"),
+        (
+            lambda: GUD.fit(IMAGES, "dct", network="transformer"),
+            "is for pixels, whose patches it sees; the basis is 'dct'",
+        ),
+        (lambda: GUD.fit(IMAGES, network="transformer", multipliers=(1,)), r"options of a transformer are .*\['multip"),
+        (lambda: GUD.fit(IMAGES, depth=2), r"options of a unet are .*; got \['depth'\]"),
+        (lambda: GUD.fit(IMAGES, "pixel", reference="patch histograms"), "is for single patches, in gudlib.mar"),
+        (lambda: fitted("tissue", network="transformer"), "in waves along columns: it needs network='unet'"),
+        (lambda: GUD.fit(pictures(4, (1, 67, 71)), network="transformer"), "make 4757 patches of 1 pixels, more than"),
         (lambda: GUD.fit(IMAGES, a=(1.6, 0.4)), r"a must be \(lowest, highest\)"),
         (lambda: GUD.fit(IMAGES, "pixel", a=1.0, blocks="columns"), "a is for schedules without blocks"),
         (lambda: GUD.fit(IMAGES, b=0.5), "b is the softness of blocks; got b = 0.5 without blocks"),

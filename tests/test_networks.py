@@ -424,7 +424,7 @@ def told(shape, b=2, seed=2):
     return images, 2 * torch.randn(b, *shape, generator=generator)
 
 
-@pytest.mark.parametrize("options", [{}, dict(fourier=False), dict(maps=False), dict(patch=2, heads=4)])
+@pytest.mark.parametrize("options", [{}, dict(patch=2, heads=4), dict(depth=1)])
 def test_a_transformer_answers_zero_and_then_an_image(options):
     images, gamma = told((3, 8, 12))
     network = transformer(**options)
@@ -439,7 +439,7 @@ def test_a_transformer_answers_zero_and_then_an_image(options):
 
 
 def test_every_patch_of_a_transformer_hears_every_other_and_its_level():
-    shape, network = (1, 8, 12), stir(transformer((1, 8, 12), fourier=False, maps=False))
+    shape, network = (1, 8, 12), stir(transformer((1, 8, 12)))
     images, gamma = told(shape)
     answer = network(images, gamma)
     for patch in range(6):
@@ -453,6 +453,42 @@ def test_every_patch_of_a_transformer_hears_every_other_and_its_level():
 def test_patches_of_a_transformer_are_those_of_patch_order():
     network, order = transformer((3, 8, 12)), patch_order((3, 8, 12), 4)
     assert torch.equal(network.levels.groups, (order - order.min()).long())
+
+
+def plainly(network, images, gamma):
+    """A transformer of one colour as its docstring says it, one image and one patch at a time."""
+    p, answers = network.patch, []
+    for x, g in zip(images, gamma, strict=True):
+        waves = [f(2.0**n * torch.pi * x[-1:]) for f in (torch.sin, torch.cos) for n in range(2, 8)]
+        seen = torch.cat([x, *waves, g.clamp(-15, 15) / 10, 1 / (1 + g.exp())])
+        tokens, levels = [], []
+        rows, columns = x.shape[1] // p, x.shape[2] // p
+        for r, c in itertools.product(range(rows), range(columns)):
+            inside = (..., slice(r * p, r * p + p), slice(c * p, c * p + p))
+            tokens.append(network.stem(seen[inside].flatten()) + network.place[r * columns + c])
+            m = g[inside].clamp(-12, 12).mean()
+            phase = m * 2 * torch.pi / torch.tensor([8.0, 16.0, 32.0, 64.0])
+            levels.append(network.level(torch.cat([m[None] / 10, phase.sin(), phase.cos()])))
+        y = torch.stack(tokens)
+        told = torch.stack(levels)
+        for i in range(network.config["depth"]):
+            a1, b1, c1, a2, b2, c2 = (network.modulation(told) + network.offset[i]).chunk(6, 1)
+            q, k, v = network.qkv[i](nn.functional.layer_norm(y, y.shape[1:]) * (1 + a1) + b1).chunk(3, 1)
+            heads = []
+            for h in torch.arange(q.shape[1]).chunk(network.heads):
+                share = (q[:, h] @ k[:, h].T / len(h) ** 0.5).softmax(1)
+                heads.append(share @ v[:, h])
+            y = y + (1 + c1) * network.out[i](torch.cat(heads, 1))
+            y = y + (1 + c2) * network.mlp[i](nn.functional.layer_norm(y, y.shape[1:]) * (1 + a2) + b2)
+        a, b = network.last(told).chunk(2, 1)
+        out = network.head(nn.functional.layer_norm(y, y.shape[1:]) * (1 + a) + b)
+        answers.append(out.view(rows, columns, p, p).permute(0, 2, 1, 3).reshape(1, rows * p, columns * p))
+    return torch.stack(answers)
+
+
+def test_a_transformer_is_what_it_says():
+    network, (images, gamma) = stir(transformer((1, 8, 12))), told((1, 8, 12))
+    torch.testing.assert_close(network(images, 4 * gamma), plainly(network, images, 4 * gamma), rtol=1e-4, atol=1e-4)
 
 
 def test_a_transformer_of_moved_patches_is_moved():
@@ -471,3 +507,6 @@ def test_a_transformer_of_odd_sizes_is_refused():
         transformer((1, 8, 10))
     with pytest.raises(ValueError, match="width must be a multiple of heads, 3; got 16"):
         transformer(heads=3)
+    for name in ("patch", "width", "depth", "heads"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
+            transformer(**{name: 0})

@@ -441,7 +441,7 @@ def test_every_reference_is_kept_with_its_denoiser(tmp_path):
         torch.testing.assert_close(close, model(white_t, gamma), rtol=2e-2, atol=2e-2)
 
 
-def test_patches_at_their_places_have_the_histograms_of_the_image():
+def test_patches_at_their_places_have_the_histograms_of_the_image(monkeypatch):
     """In any order, several at one place or none at another, they say what the image's histograms say of its pixels."""
     images, shape = pictures(300), (1, 2, 2)
     basis, prior = of_pixels(images)
@@ -464,6 +464,12 @@ def test_patches_at_their_places_have_the_histograms_of_the_image():
     torch.testing.assert_close(each.view(3, 4).sum(1), whole.nll(x))
     plain = IndependentGaussian(basis, prior)
     assert plain.at(places.flatten()) is plain
+    torch.testing.assert_close(reference.bits(images[:3]), whole.bits(images[:3]))
+    empty = reference.at(places[:0, 0]).posterior(cut(white)[:0], cut(gamma)[:0])
+    assert empty.mean.shape == (0, *shape)
+    monkeypatch.setattr(references, "AT_ONCE", 8)  # two patches at a time
+    again = reference.at(places.flatten()).posterior(cut(white), cut(gamma))
+    torch.testing.assert_close(again.mean, found.mean)
 
 
 def test_what_was_never_seen_is_finite():
@@ -509,6 +515,8 @@ def errors():
     uneven = priors.whitened(priors.Moments(torch.zeros(SHAPE), torch.rand(SHAPE) + 0.1))
     even = priors.isotropic(uneven.moments)
     small = priors.isotropic(priors.Moments(torch.zeros(1, 3, 3), torch.ones(1, 3, 3)), 1.0)
+    corner, z = bases.Pixel((1, 2, 2)), torch.zeros(3, 1, 2, 2)
+    cells = priors.isotropic(priors.Moments(torch.zeros(1, 2, 2), torch.ones(1, 2, 2)), 1.0)
     one, eye = torch.zeros(4, 1), torch.eye(4).expand(4, 4, 4)
     member = torch.arange(4)[:, None]
     return {
@@ -516,6 +524,10 @@ def errors():
         "weight must not be negative": lambda: Histograms(basis, prior, -torch.ones(2, 1, 4, 4, 256)),
         r"and of shape \(L, 1, 4, 4": lambda: PatchHistograms(basis, prior, torch.ones(1, 4, 4, 256)),
         "are for pixels; the basis is 'blocks'": lambda: PatchHistograms(blocks, prior, torch.ones(1, 1, 4, 4, 256)),
+        "places must be 3 of 0 .. 3, .*got none": lambda: PatchHistograms.fit(corner, cells, images)(z, z[:1] * 0),
+        "places must be 3 of 0 .. 3, .*got 2": lambda: (
+            PatchHistograms.fit(corner, cells, images).at(torch.tensor([0, 1])).nll(z)
+        ),
         "must be made of patches": lambda: PatchHistograms.fit(bases.Pixel((1, 3, 3)), small, images),
         "bins must be a power of 2": lambda: Marginals.fit(haar, uneven, images, 100),
         "must be one of blocks .*; it is 'pixel'": lambda: GroupedGaussian.fit(basis, even, images),

@@ -13,7 +13,7 @@ from gudlib import bases, denoiser, priors
 from gudlib.denoiser import Denoiser
 from gudlib.mar.networks import KINDS, Cache, Labels, Network, Permutation, Tokens, patch_count
 from gudlib.process import Batch, Gamma, Model, Process
-from gudlib.references import Reference
+from gudlib.references import PatchHistograms, Reference
 from gudlib.schedules import Schedule
 
 
@@ -49,11 +49,21 @@ class Autoregressor(nn.Module):
 
     Arguments:
         network: trunk and head.
-        reference: of tokens, patches (c, p, p), around which the head is put; with their basis and prior.
+        reference: of the tokens, patches (c, p, p), around which the head is put; it has their basis and prior.
+
+    Raises:
+        ValueError: if the reference is not of such patches, or of another number of them.
     """
 
     def __init__(self, network: Network, reference: Reference) -> None:
         super().__init__()
+        shape = (network.image[0], network.size, network.size)
+        if reference.basis.shape != shape:
+            raise ValueError(
+                f"reference must be of patches {shape}, as the network has them; got {reference.basis.shape}"
+            )
+        if isinstance(reference, PatchHistograms) and len(reference.weight) != network.count:
+            raise ValueError(f"reference must be of the network's {network.count} patches; got {len(reference.weight)}")
         self.network, self.reference = network, reference
 
     @property

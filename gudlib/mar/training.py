@@ -119,6 +119,6 @@ class MarTrainer(Loop):
         return self.weighted(error, self.schedule, t), error
 
     def averaged(self) -> Autoregressor:
-        """A model with the averaged weights, sharing basis and prior; for sampling."""
+        """A model with the averaged weights, sharing the reference; for sampling."""
         network: Network = self.average  # type: ignore[assignment]
         return Autoregressor(network, self.model.reference).eval()
