@@ -61,7 +61,7 @@ def token_by_token(
     fitted = designs.FittedDesign(designs.Design("plain", 0.0, (0.0, 0.0)), images)
     ends = fitted.family("patches", finest=QUARTER).schedule(b=1.0).gamma(torch.tensor([0.0, 1.0], dtype=torch.float64))
     line = schedules.linear((1, 4, 4), *ends[:, 0, 0, 0].tolist())
-    moments = priors.Moments(*(x[:, :4, :4] for x in (fitted.prior.mean, fitted.prior.variance)))
+    moments = priors.Moments(fitted.prior.mean[:, :4, :4], fitted.prior.variance[:, :4, :4])
     prior = priors.isotropic(moments, float(fitted.prior.scale[0, 0, 0])).float()
     torch.manual_seed(0)
     network = mar.Network(kind, (1, 28, 28), 4, classes=10, width=192, depth=3, heads=6, head=(3, 256))

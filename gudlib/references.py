@@ -38,7 +38,7 @@ from gudlib.exact import gaussian_eps
 from gudlib.likelihood import GREY_LEVEL, bits_per_dim
 from gudlib.priors import Prior
 from gudlib.process import Batch, Gamma
-from gudlib.schedules import alpha, sigma
+from gudlib.schedules import alpha, shape_of, sigma
 from gudlib.statistics import WITHIN_LEVEL, centres, mirrored
 
 Grey = UInt8[Tensor, "n c h w"]
@@ -430,7 +430,7 @@ class PatchHistograms(_GreyLevels):
             ValueError: if images are not uint8, or not made of such patches.
         """
         _checked(images)
-        x, shape, size = images.flatten(1).long(), tuple(images.shape[1:]), basis.shape[-1]
+        x, shape, size = images.flatten(1).long(), shape_of(images[0]), basis.shape[-1]
         if basis.shape != (shape[0], size, size) or shape[1] % size or shape[2] % size:
             raise ValueError(f"images must be made of patches {basis.shape}, as the basis has them; got {shape}")
         weight = _smoothed(_counts(x, torch.zeros_like(x[:, 0]), 1), shape).view(*shape, LEVELS)
