@@ -237,7 +237,7 @@ class GUD:
             steps: updates of the sampler, by default 20 for each component while it moves; in even time for models of
                 blocks, else `adapted` (`samplers.sample`).
             method: a name of `samplers.METHODS`, or a method; default `ancestral` for models of blocks, which forgives
-                what a network hasn't learnt, else `gaussian-pc`.
+                what a network hasn't learnt and at few steps loses some contrast, else `gaussian-pc`.
             seed: of the noise: the same seed draws the same pictures.
             chunk: pictures at a time, which bounds the memory.
             progress: show a bar.

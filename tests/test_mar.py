@@ -1,5 +1,6 @@
 """The autoregressive end: who sees what, what it costs, and that its bound is the chain rule's."""
 
+import importlib.util
 import itertools
 import math
 from dataclasses import replace
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gudlib import bases, denoiser, likelihood, mar, priors, samplers, schedules, training
+from gudlib import GUD, bases, denoiser, files, likelihood, mar, priors, samplers, schedules, training
+from gudlib.data import load as load_set
 from gudlib.data import scale
 from gudlib.exact import gaussian_eps
 from gudlib.mar import training as mar_training
@@ -715,6 +717,29 @@ def test_a_checkpoint_of_another_kind_or_setting_is_refused(tmp_path):
             trainer(**other, checkpoint=file)
     with pytest.raises(ValueError, match="state of a training run"):
         mar.load(file)
+
+
+# The recipes of the shipped models
+
+
+spec = importlib.util.spec_from_file_location("models_script", files.DATA / "models.py")
+recipes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(recipes)
+
+
+def test_recipes_of_models_of_patches_share_their_noise(tmp_path):
+    train = load_set("fashion_mnist", "train")
+    images, labels = train.images[:300], train.labels[:300]
+    settings = recipes.MAR["fashion_mar_raster"] | {"steps": 1, "batch": 2, "warmup": 1}
+    model = recipes.token_by_token("masked", images, labels, tmp_path / "m.safetensors", settings)
+    shipped = mar.load(files.CHECKPOINTS / "fashion_mar_masked.safetensors")
+    assert model.network.config == shipped.network.config
+    assert model.reference.weight.shape == shipped.reference.weight.shape
+    assert (tmp_path / "m.state").is_file()
+    gud, stored = recipes.transformer(images), GUD.load(files.CHECKPOINTS / "fashion_gud.safetensors", "cpu")
+    assert gud.denoiser.network.config == stored.denoiser.network.config
+    assert gud.recommended == stored.recommended and gud.family.finest == pytest.approx(stored.family.finest)
+    assert model.prior.mean[0, 0, 0] == gud.denoiser.prior.mean[0, 0, 0]
 
 
 # Files
