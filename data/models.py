@@ -1,10 +1,10 @@
 """Make a shipped model anew: python data/models.py NAME [--out FILE] [--steps N] [--threads N].
 
 NAME is fashion_pca, fashion_columns, fashion_haar, fashion_gud, fashion_mar_raster, fashion_mar_masked or
-histology_columns. Where `GUDLIB_DATA` holds `fashion_mnist_full`
-(data/build.py writes it) garments are all 60,000 training images, else the 10,000 embedded ones. The state of the run
-is kept beside FILE every 100 steps: the same command goes on where the last one stopped. On two cores fashion_haar
-takes an hour, the others of garments days; the last is fitted, not trained, in half a minute.
+histology_columns. Where `GUDLIB_DATA` holds `fashion_mnist_full` (data/build.py writes it) garments are all 60,000
+training images, else the 10,000 embedded ones. The state of the run is kept beside FILE every 100 steps: the same
+command goes on where the last one stopped. On two cores fashion_haar takes an hour, the others of garments days; the
+last is fitted, not trained, in half a minute.
 """
 
 import argparse

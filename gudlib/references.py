@@ -271,10 +271,21 @@ class _Pyramid(Reference):
 
 
 class _GreyLevels(_Pyramid):
-    """Histograms whose bins are the 256 grey levels."""
+    """Histograms whose bins are the 256 grey levels: (sets, c, h, w, 256), `sets` the symbol for their number."""
 
     decoder = "discrete"
     weight: Tensor
+
+    def __init__(self, basis: Basis, prior: Prior, weight: Tensor, sets: str) -> None:
+        super().__init__(basis, prior)
+        if basis.name != "pixel":
+            raise ValueError(f"histograms of grey levels are for pixels; the basis is {basis.name!r}")
+        if tuple(weight.shape[1:]) != (*basis.shape, LEVELS) or not bool((weight >= 0).all()):
+            raise ValueError(
+                f"weight must not be negative, and of shape ({sets}, {', '.join(map(str, basis.shape))}, {LEVELS}); "
+                f"got {tuple(weight.shape)}, smallest {float(weight.min()):.3g}"
+            )
+        self.register_buffer("weight", weight)
 
     def _place(self, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         return z + 0.5, s
@@ -317,18 +328,10 @@ class Histograms(_GreyLevels):
         weight: Float[Tensor, "k c h w 256"],
         share: Float[Tensor, " k"] | None = None,
     ) -> None:
-        super().__init__(basis, prior)
-        if basis.name != "pixel":
-            raise ValueError(f"histograms of grey levels are for pixels; the basis is {basis.name!r}")
-        if tuple(weight.shape[1:]) != (*basis.shape, LEVELS) or not bool((weight >= 0).all()):
-            raise ValueError(
-                f"weight must not be negative, and of shape (k, {', '.join(map(str, basis.shape))}, {LEVELS}); "
-                f"got {tuple(weight.shape)}, smallest {float(weight.min()):.3g}"
-            )
+        super().__init__(basis, prior, weight, "k")
         share = weight.new_ones(len(weight)) if share is None else share
         if share.shape != weight.shape[:1] or not bool((share > 0).all()):
             raise ValueError(f"share must be ({len(weight)},), one for each sector, positive; got {share.tolist()}")
-        self.register_buffer("weight", weight)
         self.register_buffer("share", share)
         weight = weight + 1e-9  # no grey level is impossible
         w = (weight / weight.sum(-1, keepdim=True)).flatten(1, 3)
@@ -403,15 +406,7 @@ class PatchHistograms(_GreyLevels):
     knows = "the grey levels of each pixel"
 
     def __init__(self, basis: Basis, prior: Prior, weight: Float[Tensor, "l c p p 256"]) -> None:
-        super().__init__(basis, prior)
-        if basis.name != "pixel":
-            raise ValueError(f"histograms of grey levels are for pixels; the basis is {basis.name!r}")
-        if tuple(weight.shape[1:]) != (*basis.shape, LEVELS) or not bool((weight >= 0).all()):
-            raise ValueError(
-                f"weight must not be negative, and of shape (L, {', '.join(map(str, basis.shape))}, {LEVELS}); "
-                f"got {tuple(weight.shape)}, smallest {float(weight.min()):.3g}"
-            )
-        self.register_buffer("weight", weight)
+        super().__init__(basis, prior, weight, "L")
         self.places: Tensor | None = None
         levels = torch.arange(LEVELS, dtype=torch.float64, device=weight.device).expand(weight[..., 0].numel(), -1)
         self._tabulate(self._log().exp().flatten(0, 1)[None], levels, torch.zeros_like(levels))
