@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gudlib import denoiser, designs, devices, families, likelihood, networks, references, samplers
+from gudlib import denoiser, designs, devices, families, likelihood, networks, references, samplers, windows
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser
 from gudlib.families import Derived, Family, Known, Range, Sequential
@@ -98,7 +98,8 @@ class GUD:
             seed: of the network's weights.
             verbose: print what was chosen.
             options: of `networks.UNet`: `width` (default 32, or 24 for fewer than 1,000 images), `patch`,
-                `multipliers`, `conditioning`, `fourier`, ...; or of `networks.Transformer`: `width`, `depth`, ...
+                `multipliers`, `conditioning`, `fourier`, ...; or of `networks.Transformer`: `width`, `depth`, ..., and
+                `causal=True` for block-causal attention, with which finished patches are computed once.
 
         Raises:
             ValueError: for images that are not such, or a choice that does not exist or does not fit them.
@@ -114,6 +115,11 @@ class GUD:
             raise ValueError(f"reference {reference!r} is for single patches, in gudlib.mar; take 'histograms'")
         if reference == Histograms.name and blocks is None:
             raise ValueError("reference 'histograms' knows grey levels, not dequantised ones: it needs blocks")
+        causal = options.pop("causal", False)
+        if causal and blocks not in ("patches", f"patches {_patch(shape, blocks)}"):
+            raise ValueError(f"causal=True is for patches one after another, blocks='patches'; got {blocks!r}")
+        if causal and options.get("patch", _patch(shape, blocks)) != _patch(shape, blocks):
+            raise ValueError(f"causal=True needs patch and blocks of one size; got {options['patch']} and {blocks!r}")
         in_pixels = basis == "pixel" and not grouped
         known = (0.25 if in_pixels else 0.0) if known is None else known
         if known and not in_pixels:
@@ -125,7 +131,9 @@ class GUD:
         plain = IndependentGaussian.name
         design = designs.Design("waves" if grouped else kind, r, (low, high), reference=reference or plain)
         fitted = designs.FittedDesign(design, images.cpu(), few=True)
-        if reference is None and basis == "pixel" and blocks is not None:
+        if causal and reference in (None, Histograms.name):  # a sector would tie patches together
+            fitted.reference = Histograms.fit(fitted.basis, fitted.prior, images.cpu(), sectors=1)
+        elif reference is None and basis == "pixel" and blocks is not None:
             names = (plain, Histograms.name)
             shuffled = images.cpu()[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
             fitted.reference = references.best(names, fitted.basis, fitted.prior, shuffled)
@@ -137,6 +145,8 @@ class GUD:
         finest = families.FINEST if fitted.reference.decoder == "normal" else FINEST_ON_LATTICE
         family = fitted.family(blocks, b, finest)
         groups: dict[str, Any] = {"groups": 1 if basis == "pixel" else 16}
+        if causal and isinstance(family, Sequential):
+            options |= {"between": (float(family.low.min()), float(family.high.max()))}
         if isinstance(family, Sequential) and basis != "pixel":
             groups = {"groups": 64, "label": family.nest.group.double()}
         with torch.random.fork_rng(devices=[]):
@@ -243,6 +253,8 @@ class GUD:
             progress: show a bar.
             options: further ones of `samplers.sample`: `temperature`, `grid`, ...
 
+        A block-causal transformer computes only the patches that move (`windows.generate`).
+
         Raises:
             ValueError: as `process` and `samplers.sample`.
         """
@@ -252,7 +264,7 @@ class GUD:
         for part in torch.arange(n).split(chunk):
             process, sizes = self._sampling(steps, **self._member(_rows(a, part), _rows(b, part)))
             sizes |= {"method": method or sizes["method"], "generator": generator, "progress": progress} | options
-            drawn.append(to_uint8(samplers.sample(self.denoiser, process, len(part), **sizes).data).cpu())
+            drawn.append(to_uint8(self._draw(process, len(part), sizes).data).cpu())
         return torch.cat(drawn)
 
     def inpaint(
@@ -400,11 +412,13 @@ class GUD:
             Bits per dimension of each candidate.
 
         Raises:
-            ValueError: for candidates below what was trained, or a family without such an end.
+            ValueError: for candidates below what was trained, or a family or network that ends where it was trained to.
         """
         family, bits, trained = self._family(), {}, getattr(_innermost(self._family()), "finest", None)
         if trained is None or families.stopping_at(family.spec, 1.0) == family.spec:
             raise ValueError("this model's schedules don't say where they stop by the noise at t = 0")
+        if getattr(self.denoiser.network, "between", None):
+            raise ValueError("a block-causal transformer takes patches as finished where its training ended")
         least = 127.5 * trained * (1 - 1e-6)
         candidates = [x for x in (0.2, 0.25, 1 / 3, 0.4, 0.5) if x >= least] if candidates is None else candidates
         if not candidates or min(candidates) < least:
@@ -494,6 +508,17 @@ class GUD:
         grid = "uniform" if blocks or process.schedule.batch else "adapted"
         return process, {"steps": steps, "grid": grid, "method": "ancestral" if blocks else "gaussian-pc"}
 
+    def _draw(self, process: Process, n: int, sizes: dict[str, Any]) -> samplers.Samples:
+        """By a block-causal transformer with what it remembers of finished patches, where that is possible."""
+        if (
+            getattr(self.denoiser.network, "between", None)
+            and sizes["method"] in windows.METHODS
+            and not process.schedule.batch
+            and not {"keep", "start"} & sizes.keys()
+        ):
+            return windows.generate(self.denoiser, process.schedule, n, **sizes)
+        return samplers.sample(self.denoiser, process, n, **sizes)
+
     def _family(self) -> Family:
         if self.family is None:
             raise ValueError("this file does not tell its schedules: set model.family, to one of gudlib.families")
@@ -538,7 +563,10 @@ def _checked(
     if network == "transformer" and basis != "pixel":
         raise ValueError(f"network 'transformer' is for pixels, whose patches it sees; the basis is {basis!r}")
     made = networks.Transformer if network == "transformer" else networks.UNet
-    known_options = set(inspect.signature(made.__init__).parameters) - {"self", "shape", "groups", "inputs", "inverse"}
+    ours = {"self", "shape", "groups", "inputs", "inverse", "between"}
+    known_options = (set(inspect.signature(made.__init__).parameters) - ours) | (
+        {"causal"} if network == "transformer" else set()
+    )
     if unknown := options.keys() - known_options:
         raise ValueError(f"options of a {network} are {sorted(known_options)}; got {sorted(unknown)}")
     if blocks is not None and a is not None:

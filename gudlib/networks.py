@@ -13,7 +13,8 @@ component in the layout of its basis. A network is told which components belong 
 
   gamma itself in pixels, a map for each level of wavelets, nearly the group means for principal components.
 
-A `Transformer` is told one noise level for each patch, by scales and shifts of that patch's features.
+A `Transformer` is told one noise level for each patch, by scales and shifts of that patch's features. Its patches all
+see each other or, block by block, what is finished.
 
 Beside its blocks, a network may have a path that is linear in what it sees: filters gated by the noise levels, which
 need not travel through nonlinear layers to do what a Wiener filter does.
@@ -25,15 +26,18 @@ References:
     PixArt-alpha, J. Chen et al., 2023, https://arxiv.org/abs/2310.00426 (one modulation for all blocks)
     Diffusion Forcing: Next-token Prediction Meets Full-Sequence Diffusion, B. Chen et al., 2024,
     https://arxiv.org/abs/2407.01392 (a noise level for each token)
+    ACDiT: Interpolating Autoregressive Conditional Modeling and Diffusion Transformer, J. Hu et al., 2024,
+    https://arxiv.org/abs/2412.07720 (blocks that see finished ones, whose keys and values are kept)
     Variational Diffusion Models, D. P. Kingma et al., 2021, https://arxiv.org/abs/2107.00630, appendix C (waves of the
     noised image)
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -96,9 +100,12 @@ class GammaGroups(nn.Module):
             with torch.autocast(gamma.device.type, enabled=False):
                 mean = (gamma[:, None] * (self.pool.mT > 0)) @ self.share.flatten(1)
             mean = mean.unflatten(2, self.share.shape[1:]).movedim(1, -1)
-        mean = mean[..., None]
-        phase = mean * self.frequencies
-        return torch.cat([mean / 10, phase.sin(), phase.cos()], dim=-1)
+        return self.features(mean)
+
+    def features(self, mean: Float[Tensor, "*b"]) -> Float[Tensor, "*b 9"]:
+        """What the network is told of mean levels."""
+        phase = mean[..., None] * self.frequencies
+        return torch.cat([mean[..., None] / 10, phase.sin(), phase.cos()], dim=-1)
 
 
 class ConvBlock(nn.Module):
@@ -323,22 +330,37 @@ class UNet(nn.Module):
         return (maps.unflatten(1, (-1, self.linear)) * gate[:, None]).sum(2)
 
 
+Cache = list[tuple[Tensor, Tensor]]  # keys and values of each block, (b, heads, k, width / heads)
+SLACK = 1e-4  # of a noise level, which float32 rounds
+
+
 class Transformer(nn.Module):
-    """A transformer over the patches of an image, every one of which is told its own noise level, and sees all others.
+    """A transformer over the patches of an image, every one of which is told its own noise level.
 
     One modulation is computed for each patch, from the mean of its gamma, and shared by the blocks, each of which adds
-    its own offset.
+    its own offset. By default every patch sees all others. With `between` attention is *block-causal*, for schedules
+    of patches in reading order, all from one level to another: a patch is finished where its gamma has come down to
+    the lower of the two, waits until it leaves the upper, and moves in between.
+
+    | who | sees | is answered |
+    |---|---|---|
+    | finished | itself, and those finished before it in reading order | 0: the reference |
+    | moving | all finished, all moving | as ever |
+    | waiting | itself | 0: the reference |
+
+    What a finished patch tells others is then settled for good, which `windows.generate` makes use of.
 
     Arguments:
         shape: output image shape (channel, height, width).
         inputs: number of input channels.
         patch: side of the patches, the tokens.
         width, depth, heads: of the blocks.
+        between: lowest and highest gamma of the schedules, for block-causal attention.
 
     It sees the noised image's waves and the noise levels, as a `UNet` with `fourier` and `maps`.
 
     Raises:
-        ValueError: if a size is below 1, the patches don't divide the image, or heads the width.
+        ValueError: if a size is below 1, the patches don't divide the image, heads the width, or levels don't rise.
     """
 
     fourier = maps = True
@@ -351,6 +373,7 @@ class Transformer(nn.Module):
         width: int = 96,
         depth: int = 4,
         heads: int = 4,
+        between: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         channels, h, w = shape
@@ -361,11 +384,15 @@ class Transformer(nn.Module):
             raise ValueError(f"height and width must be multiples of the patch, {patch}; got {h} x {w}")
         if width % heads:
             raise ValueError(f"width must be a multiple of heads, {heads}; got {width}")
+        if between is not None and not between[0] < between[1]:
+            raise ValueError(f"between must be the lowest and highest gamma; got {between}")
         self.config: dict[str, Any] = {
             "kind": "transformer", "shape": list(shape), "inputs": inputs, "patch": patch, "width": width,
             "depth": depth, "heads": heads,
         }  # fmt: skip
-        self.patch, self.heads, self.channels = patch, heads, channels
+        if between is not None:
+            self.config["between"] = list(between)
+        self.patch, self.heads, self.channels, self.between = patch, heads, channels, between
         rows, columns = h // patch, w // patch
         place = torch.arange(rows * columns, device="cpu").view(rows, columns)
         place = place.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
@@ -390,19 +417,83 @@ class Transformer(nn.Module):
         self, images: Float[Tensor, "b inputs h w"], gamma: Float[Tensor, "b c h w"]
     ) -> Float[Tensor, "b c h w"]:
         """An image for each input and each noise level."""
-        x = self.stem(functional.pixel_unshuffle(_seen(self, images, gamma), self.patch).flatten(2).mT) + self.place
-        told = self.level(self.levels(gamma))
+        tokens = functional.pixel_unshuffle(_seen(self, images, gamma), self.patch).flatten(2).mT
+        x, told = self.stem(tokens) + self.place, self.level(self.levels(gamma))
+        if self.between is None:
+            answer = self._answer(x, told, functional.scaled_dot_product_attention)
+        else:
+            finished, waiting = self.states(functional.pixel_unshuffle(gamma, self.patch).flatten(2).mT)
+            mask = visible(finished, waiting)[:, None]
+            answer = self._answer(x, told, partial(functional.scaled_dot_product_attention, attn_mask=mask))
+            answer = answer.masked_fill((finished | waiting)[..., None], 0.0)
+        rows = images.shape[-2] // self.patch
+        return functional.pixel_shuffle(answer.mT.unflatten(2, (rows, -1)), self.patch)
+
+    def states(self, gamma: Float[Tensor, "*b k d"]) -> tuple[Bool[Tensor, "*b k"], Bool[Tensor, "*b k"]]:
+        """Which patches are finished, and which wait, by the noise levels of their pixels; for block-causal ones."""
+        assert self.between is not None
+        low, high = self.between
+        return gamma.amax(-1) <= low + SLACK, gamma.amin(-1) >= high - SLACK
+
+    def window(
+        self,
+        images: Float[Tensor, "b k inputs p p"],
+        gamma: Float[Tensor, "b k c p p"],
+        places: Int64[Tensor, " k"],
+        past: Cache,
+    ) -> Float[Tensor, "b k c p p"]:
+        """The answers for some patches only, given keys and values of earlier ones, by a block-causal transformer.
+
+        Arguments:
+            images, gamma: of the patches; in gamma, all images of the batch alike.
+            places: of the patches, in reading order, those that are finished first.
+            past: keys and values of finished patches, all before these; those finished here are added. Empty at first.
+        """
+        tokens = _seen(self, images.flatten(0, 1), gamma.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(2)
+        told = self.levels.features(gamma.clamp(-self.levels.reach, self.levels.reach).flatten(2).mean(2))
+        finished, waiting = self.states(gamma[0].flatten(1))
+        before, done, earlier = past[0][0].shape[2] if past else 0, int(finished.sum()), iter(past)
+        sees = torch.cat([(~waiting)[:, None].expand(-1, before), visible(finished, waiting)], 1)
+        kept: Cache = []
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if past:
+                k, v = (torch.cat(pair, 2) for pair in zip(next(earlier), (k, v), strict=True))
+            kept.append((k[:, :, : before + done], v[:, :, : before + done]))
+            return functional.scaled_dot_product_attention(q, k, v, attn_mask=sees)
+
+        answer = self._answer(self.stem(tokens) + self.place[places], self.level(told), attend)
+        past[:] = kept
+        return answer.masked_fill((finished | waiting)[:, None], 0.0).unflatten(2, gamma.shape[2:])
+
+    def _answer(self, x: Tensor, told: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Of tokens (b, k, width) that are told levels (b, k, width); `attend` gets queries, keys and values."""
         shared = self.modulation(told)
         for offset, qkv, out, mlp in zip(self.offset, self.qkv, self.out, self.mlp, strict=True):
             scale1, shift1, gate1, scale2, shift2, gate2 = (shared + offset).chunk(6, -1)
             y = qkv(_plain_norm(x) * (1 + scale1) + shift1)
             q, k, v = y.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            x = x + (1 + gate1) * out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            x = x + (1 + gate1) * out(attend(q, k, v).transpose(1, 2).flatten(2))
             x = x + (1 + gate2) * mlp(_plain_norm(x) * (1 + scale2) + shift2)
         scale, shift = self.last(told).chunk(2, -1)
-        tokens = self.head(_plain_norm(x) * (1 + scale) + shift)
-        rows = images.shape[-2] // self.patch
-        return functional.pixel_shuffle(tokens.mT.unflatten(2, (rows, -1)), self.patch)
+        return self.head(_plain_norm(x) * (1 + scale) + shift)
+
+
+def visible(finished: Bool[Tensor, "*b k"], waiting: Bool[Tensor, "*b k"]) -> Bool[Tensor, "*b k k"]:
+    """Who sees whom in block-causal attention, [..., i, j]: whether patch i sees patch j. Everyone sees itself.
+
+    >>> visible(torch.tensor([True, True, False, False, False]), torch.tensor([False, False, False, False, True])).int()
+    tensor([[1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 1, 0],
+            [1, 1, 1, 1, 0],
+            [0, 0, 0, 0, 1]], dtype=torch.int32)
+    """
+    count = finished.shape[-1]
+    itself = torch.eye(count, dtype=torch.bool, device=finished.device)
+    before = torch.ones_like(itself).tril()
+    done, moving = finished[..., None, :], ~(finished | waiting)
+    return itself | (finished[..., None] & done & before) | (moving[..., None] & ~waiting[..., None, :])
 
 
 def _seen(network: UNet | Transformer, images: Tensor, gamma: Tensor) -> Tensor:

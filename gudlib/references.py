@@ -36,7 +36,7 @@ from gudlib.bases import Basis, Blocks, Pixel
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.exact import gaussian_eps
 from gudlib.likelihood import GREY_LEVEL, bits_per_dim
-from gudlib.priors import Prior
+from gudlib.priors import Moments, Prior
 from gudlib.process import Batch, Gamma
 from gudlib.schedules import alpha, shape_of, sigma
 from gudlib.statistics import WITHIN_LEVEL, centres, mirrored
@@ -121,6 +121,24 @@ class Reference(nn.Module, ABC):
         """The reference of n patches at those places of an image: itself, if it is the same at all of them."""
         return self
 
+    def patches(self, size: int) -> "Reference":
+        """The same of single patches, whose place `at` tells; for references of pixels that know no correlations.
+
+        Raises:
+            ValueError: for others, or where pixels have priors of their own.
+        """
+        raise ValueError(f"reference must have independent pixels for patches of its own; it is {self.name!r}")
+
+    def _patch(self, size: int) -> tuple[Basis, Prior]:
+        """Basis and prior of a patch."""
+        c, h, w = self.basis.shape
+        parts = []
+        for value in (self.prior.mean, self.prior.variance, self.prior.scale):
+            if self.basis.name != "pixel" or bool((value != value[:, :1, :1]).any()):
+                raise ValueError(f"patches need pixels that share one prior; the basis is {self.basis.name!r}")
+            parts.append(value[:, :size, :size].clone())
+        return Pixel((c, size, size)), Prior(Moments(parts[0], parts[1], self.prior.floor), parts[2])
+
     def forward(self, white_t: Batch, gamma: Gamma) -> Batch:
         """The noise that the reference expects: a model `(white_t, gamma) -> eps_hat` without a network."""
         return self.posterior(white_t, gamma).eps
@@ -166,6 +184,10 @@ class IndependentGaussian(Reference):
         white, c = self.prior.whiten(self.basis(data)), self.prior.white_variance.to(data)
         square = white.square() / c + (2 * math.pi * c).log()
         return 0.5 * square.flatten(1).sum(1) + self.prior.log_volume.to(data)
+
+    def patches(self, size: int) -> "IndependentGaussian":
+        """As `Reference`: the same everywhere."""
+        return IndependentGaussian(*self._patch(size))
 
 
 class _Pyramid(Reference):
@@ -369,6 +391,12 @@ class Histograms(_GreyLevels):
         share = torch.bincount(sector, minlength=sectors).to(weight) + 1
         return cls(basis, prior, weight.unflatten(1, basis.shape), share / share.sum())
 
+    def patches(self, size: int) -> "PatchHistograms":
+        """As `Reference`; of one sector, for several tie the patches together."""
+        if len(self.weight) > 1:
+            raise ValueError(f"reference must have one sector for patches of its own; it has {len(self.weight)}")
+        return PatchHistograms(*self._patch(size), _by_patch(self.weight[0], size))
+
     def _evidence(self, weight: Tensor, grey: Tensor) -> None:
         """log density of a noised value in each sector, at the bins of every level, for noise of 1.4 bins."""
         pieces = []
@@ -429,8 +457,7 @@ class PatchHistograms(_GreyLevels):
         if basis.shape != (shape[0], size, size) or shape[1] % size or shape[2] % size:
             raise ValueError(f"images must be made of patches {basis.shape}, as the basis has them; got {shape}")
         weight = _smoothed(_counts(x, torch.zeros_like(x[:, 0]), 1), shape).view(*shape, LEVELS)
-        planes = functional.pixel_unshuffle(weight.permute(3, 0, 1, 2), size)  # (256, c p p, rows, columns)
-        return cls(basis, prior, planes.flatten(2).permute(2, 1, 0).unflatten(1, basis.shape).contiguous())
+        return cls(basis, prior, _by_patch(weight, size))
 
     def nll(self, data: Batch) -> Float[Tensor, " n"]:
         """As `Reference`, of patches at their places."""
@@ -862,6 +889,11 @@ def _smoothed(counts: Float[Tensor, "k d 256"], shape: tuple[int, int, int]) -> 
         blurred.append(planes[:, 0].unflatten(0, (shape[0], LEVELS)).permute(0, 2, 3, 1).flatten(0, 2))
     blur = torch.stack(blurred)
     return (blur + PULL * whole) / (blur.sum(-1, keepdim=True) + PULL)
+
+
+def _by_patch(weight: Float[Tensor, "c h w 256"], size: int) -> Float[Tensor, "l c p p 256"]:
+    planes = functional.pixel_unshuffle(weight.permute(3, 0, 1, 2), size)  # (256, c p p, rows, columns)
+    return planes.flatten(2).permute(2, 1, 0).unflatten(1, (weight.shape[0], size, size)).contiguous()
 
 
 def _sectors(x: Int64[Tensor, "n d"], sectors: int, seed: int) -> Int64[Tensor, " n"]:

@@ -330,7 +330,7 @@ def sample(
         ValueError: for an unknown method or grid, n or steps below 1, keep of 1 or beyond steps + 1, or a start or
             schedule batch that does not fit.
     """
-    update, t = _method(method), _grid(process, steps, grid)
+    update, t = _method(method), times(process, steps, grid)
     steps = len(t) - 1
     if n < 1:
         raise ValueError(f"n must be at least 1; got {n}")
@@ -479,7 +479,7 @@ def push(
         model, process, steps, method, grid: as for `sample`.
         start: covariance of the white components at t = 1, (d, d).
     """
-    update, t = _method(method), _grid(process, steps, grid)
+    update, t = _method(method), times(process, steps, grid)
     t, units = t.to(start.device), torch.eye(len(start), dtype=torch.float64, device=start.device)
     images = units.view(-1, *process.schedule.shape)
     if update(model, process, images, t[0], t[1]).next_method:
@@ -528,7 +528,12 @@ def _method(method: str | Method) -> Method:
     return METHODS[method] if isinstance(method, str) else method
 
 
-def _grid(process: Process, steps: int, grid: str | Tensor) -> Tensor:
+def times(process: Process, steps: int, grid: str | Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """The times of a grid, as `sample` takes it.
+
+    Raises:
+        ValueError: for an unknown grid, times that don't fall from 1 to 0, or steps below 1.
+    """
     if isinstance(grid, Tensor):
         t = grid.double()
         if t.ndim != 1 or len(t) < 2 or t[0] != 1 or t[-1] != 0 or not bool((t.diff() < 0).all()):

@@ -49,6 +49,7 @@ from gudlib import (
     schedules,
     statistics,
     training,
+    windows,
     zoo,
 )
 from gudlib.mar import model as mar_model
@@ -97,7 +98,7 @@ ON_CPU = {
     "denoiser.read_saved", "denoiser.save", "designs.score", "families.known", "lattice.couplings", "lattice.momenta",
     "likelihood.Likelihood", "likelihood.bound", "likelihood.flow", "mar.likelihood.ChainRuleLikelihood",
     "mar.likelihood.chain_rule_bound", "mar.model.save", "model.GUD", "networks.energies", "samplers.time_grid",
-    "schedules.patch_order",
+    "samplers.times", "schedules.patch_order", "windows.annealed",
 }  # fmt: skip
 
 
@@ -291,7 +292,17 @@ def use_reference(d, kind):
     found = *found, made(white, gamma), rebuilt(white, gamma), made.white(made.components(white))
     if isinstance(made, references.GroupedGaussian):
         found = *found, made.stationary().covariance
+    if kind in ("Histograms", "IndependentGaussian"):
+        even = priors.isotropic(priors.Moments(torch.zeros(SHAPE), torch.full(SHAPE, 0.5)), 1.0).to(d)
+        alone = type(made)(made.basis, even, *([made.weight[:1]] if kind == "Histograms" else []))
+        found = *found, *alone.patches(2).at(places % 2).posterior(white[..., :2, :2], gamma[..., :2, :2])
     return *found, made.nll(x.double()), made.bits(IMAGES[:3].to(d))
+
+
+def refusal(call):
+    with pytest.raises(ValueError) as raised:
+        call()
+    return str(raised.value)
 
 
 def tables_of(made):
@@ -304,6 +315,7 @@ PROBES |= {
     "references.Reference": lambda d: (
         use_reference(d, "Histograms"),
         reference(d, "Marginals").at(torch.zeros(1).long()).name,
+        refusal(lambda: reference(d, "Marginals").patches(2)),
     ),
     "references.Posterior": lambda d: tuple(
         reference(d, "Marginals").posterior(normals(d), torch.zeros(1, *SHAPE).to(d))
@@ -351,6 +363,12 @@ PROBES |= {
     "networks.Transformer": lambda d: awake(networks.Transformer(SHAPE, 3, 2, 8, 2, 2)).to(d)(
         noise(d, 3, 3, 4, 6).float(), normals(d).float()
     ),
+    "networks.Transformer: of some patches": lambda d: (
+        awake(networks.Transformer(SHAPE, 3, 2, 8, 2, 2, (-5.0, 5.0)))
+        .to(d)
+        .window(noise(d, 3, 2, 3, 2, 2).float(), noise(d, 3, 2, 1, 2, 2).float(), torch.tensor([0, 3]).to(d), [])
+    ),
+    "networks.visible": lambda d: networks.visible(normals(d)[0] > 0, normals(d)[0] < -1),
     "networks.Doubling": lambda d: awake(networks.Doubling(1, 2, 3)).to(d)(normals(d).float()),
     "networks.ConvBlock": lambda d: awake(networks.ConvBlock(1, 4, 2)).to(d)(
         normals(d).float(), noise(d, 3, 2, 1, 1).float()
@@ -768,6 +786,42 @@ def normal_columns(d):
     basis, alike = bases.Pixel(SHAPE), priors.isotropic(priors.Moments(torch.zeros(SHAPE), torch.full(SHAPE, 0.5)))
     p = Process(basis, alike, schedules.sequential(COLUMN.to(d), 0.4)).to(d)
     return lambda x, gamma: exact.gaussian_eps(x, gamma, p.prior.variance), p
+
+
+@probe("samplers.times", "uniform", "adapted")
+def use_times(d, grid):
+    return samplers.times(pair(d)[1], 4, grid)
+
+
+def windowed(d):
+    """A block-causal transformer, and schedules of its patches."""
+    basis, even = bases.Pixel(SHAPE), priors.isotropic(priors.Moments(torch.zeros(SHAPE), torch.full(SHAPE, 0.5)), 1.0)
+    family = families.Sequential(basis, even, "patches 2")
+    options = {
+        "patch": 2,
+        "width": 8,
+        "depth": 1,
+        "heads": 2,
+        "between": (float(family.low.min()), float(family.high.max())),
+    }
+    return awake(denoiser.build(basis, even, kind="transformer", **options)).to(d), family.to(d)
+
+
+@probe("windows.generate")
+def use_windows(d):
+    model, family = windowed(d)
+    return windows.generate(model, family.schedule(0.4), 3, 5, generator=gen(d))
+
+
+@probe("windows.Window")
+def use_window(d):
+    window = windows.Window(windowed(d)[0].network, torch.tensor([0, 3]).to(d), [])
+    return window(noise(d, 4, 3, 2, 2).float(), noise(d, 4, 1, 2, 2).float().mul(0).add(1))
+
+
+@probe("windows.annealed")
+def use_annealed(d):
+    return windows.annealed(3, 4, 2)
 
 
 @probe("samplers.extend")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gudlib as gud
-from gudlib import baselines, data, denoiser, families, likelihood, samplers
+from gudlib import baselines, data, denoiser, families, likelihood, samplers, windows
 from gudlib.data import dequantise
 from gudlib.files import CHECKPOINTS, read_tensors
 from gudlib.model import GUD
@@ -28,6 +28,7 @@ KINDS = {
     "rows": {"basis": "pixel", "blocks": "rows", "b": 0.5},
     "patches": {"basis": "pixel", "blocks": "patches 2", "b": (0.2, 1.0), "known": 0.0},
     "transformer": {"network": "transformer", "blocks": "patches 2"},
+    "causal": {"network": "transformer", "blocks": "patches 2", "causal": True, "known": 0.0},
     "histograms": {"basis": "pixel", "blocks": "columns", "reference": "histograms"},
     "marginals": {"basis": "dct", "reference": "marginals"},
     "tissue": {"basis": "pixel", "blocks": "columns", "reference": "lattice gaussian"},
@@ -100,6 +101,26 @@ def test_a_transformer_is_for_pixels_and_its_tokens_are_the_blocks():
     blocks = ("patches 8", "patches")
     nested = GUD.fit(pictures(8, (1, 96, 96)), network="transformer", blocks=blocks, known=0.0, **FAST)
     assert nested.denoiser.network.patch == 4
+
+
+def test_a_causal_transformer_draws_with_a_window_and_fills_without(monkeypatch):
+    model, calls, plain = trained("causal", 30), [], windows.generate
+    monkeypatch.setattr(windows, "generate", lambda *a, **k: calls.append(k) or plain(*a, **k))
+    assert model.denoiser.reference.name == "histograms" and len(model.denoiser.reference.weight) == 1
+    assert fitted("causal", reference="independent gaussian").denoiser.reference.name == "independent gaussian"
+    drawn = model.sample(6, b=1 / 16, steps=64, chunk=4, temperature=0.9)
+    assert [call["temperature"] for call in calls] == [0.9, 0.9] and len(drawn) == 6
+    whole = model.sample(6, b=1 / 16, steps=64, method="ddim", keep=2)
+    assert len(calls) == 2
+    windowed = model.sample(6, b=1 / 16, steps=64, method="ddim")
+    assert len(calls) == 3 and (whole.int() - windowed.int()).abs().float().mean() < 1
+    each = model.sample(2, b=torch.tensor([0.5, 1.0]), steps=9)
+    assert len(calls) == 3 and len(each) == 2
+    filling = fitted("causal", known=0.5)
+    known = torch.ones(8, 8, dtype=torch.bool)
+    known[2:4, 3:7] = False
+    filled = filling.inpaint(IMAGES[:2], known, steps=8)
+    assert torch.equal(filled[:, :, known], IMAGES[:2][:, :, known])
 
 
 @pytest.mark.parametrize(
@@ -455,6 +476,11 @@ def test_a_wrong_choice_is_refused_before_any_work(tmp_path):
             "is for pixels, whose patches it sees; the basis is 'dct'",
         ),
         (lambda: GUD.fit(IMAGES, network="transformer", multipliers=(1,)), r"options of a transformer are .*\['multip"),
+        (lambda: GUD.fit(IMAGES, causal=True), r"options of a unet are .*; got \['causal'\]"),
+        (lambda: GUD.fit(IMAGES, network="transformer", causal=True), "blocks='patches'; got None"),
+        (lambda: fitted("transformer", blocks="columns", causal=True), "blocks='patches'; got 'columns'"),
+        (lambda: fitted("causal", patch=4), "needs patch and blocks of one size; got 4 and 'patches 2'"),
+        (lambda: fitted("causal").choose_finest(IMAGES[:4]), "finished where its training ended"),
         (lambda: GUD.fit(IMAGES, depth=2), r"options of a unet are .*; got \['depth'\]"),
         (lambda: GUD.fit(IMAGES, "pixel", reference="patch histograms"), "is for single patches, in gudlib.mar"),
         (lambda: fitted("tissue", network="transformer"), "in waves along columns: it needs network='unet'"),

@@ -13,6 +13,7 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
+from torch.nn import functional
 
 from gudlib import bases, networks
 from gudlib.networks import ConvBlock, GammaGroups, Transformer, UNet
@@ -455,33 +456,50 @@ def test_patches_of_a_transformer_are_those_of_patch_order():
     assert torch.equal(network.levels.groups, (order - order.min()).long())
 
 
+def sees(network, states):
+    """The table of block-causal attention, patch by patch; without it everyone sees everyone."""
+    mask = torch.zeros(len(states), len(states), dtype=torch.bool)
+    for i, j in itertools.product(range(len(states)), repeat=2):
+        if network.between is None or i == j:
+            mask[i, j] = True
+        elif states[i] == "finished":
+            mask[i, j] = states[j] == "finished" and j < i
+        elif states[i] == "moving":
+            mask[i, j] = states[j] != "waiting"
+    return mask
+
+
 def plainly(network, images, gamma):
     """A transformer of one colour as its docstring says it, one image and one patch at a time."""
     p, answers = network.patch, []
     for x, g in zip(images, gamma, strict=True):
         waves = [f(2.0**n * torch.pi * x[-1:]) for f in (torch.sin, torch.cos) for n in range(2, 8)]
         seen = torch.cat([x, *waves, g.clamp(-15, 15) / 10, 1 / (1 + g.exp())])
-        tokens, levels = [], []
+        tokens, levels, states = [], [], []
         rows, columns = x.shape[1] // p, x.shape[2] // p
         for r, c in itertools.product(range(rows), range(columns)):
             inside = (..., slice(r * p, r * p + p), slice(c * p, c * p + p))
             tokens.append(network.stem(seen[inside].flatten()) + network.place[r * columns + c])
+            low, high = network.between or (-torch.inf, torch.inf)
+            states.append("finished" if g[inside].max() <= low else "waiting" if g[inside].min() >= high else "moving")
             m = g[inside].clamp(-12, 12).mean()
             phase = m * 2 * torch.pi / torch.tensor([8.0, 16.0, 32.0, 64.0])
             levels.append(network.level(torch.cat([m[None] / 10, phase.sin(), phase.cos()])))
         y = torch.stack(tokens)
-        told = torch.stack(levels)
+        told, mask = torch.stack(levels), sees(network, states)
         for i in range(network.config["depth"]):
             a1, b1, c1, a2, b2, c2 = (network.modulation(told) + network.offset[i]).chunk(6, 1)
             q, k, v = network.qkv[i](nn.functional.layer_norm(y, y.shape[1:]) * (1 + a1) + b1).chunk(3, 1)
             heads = []
             for h in torch.arange(q.shape[1]).chunk(network.heads):
-                share = (q[:, h] @ k[:, h].T / len(h) ** 0.5).softmax(1)
+                share = (q[:, h] @ k[:, h].T / len(h) ** 0.5).masked_fill(~mask, -torch.inf).softmax(1)
                 heads.append(share @ v[:, h])
             y = y + (1 + c1) * network.out[i](torch.cat(heads, 1))
             y = y + (1 + c2) * network.mlp[i](nn.functional.layer_norm(y, y.shape[1:]) * (1 + a2) + b2)
         a, b = network.last(told).chunk(2, 1)
         out = network.head(nn.functional.layer_norm(y, y.shape[1:]) * (1 + a) + b)
+        if network.between:
+            out = torch.stack([x if s == "moving" else 0 * x for x, s in zip(out, states, strict=True)])
         answers.append(out.view(rows, columns, p, p).permute(0, 2, 1, 3).reshape(1, rows * p, columns * p))
     return torch.stack(answers)
 
@@ -489,6 +507,94 @@ def plainly(network, images, gamma):
 def test_a_transformer_is_what_it_says():
     network, (images, gamma) = stir(transformer((1, 8, 12))), told((1, 8, 12))
     torch.testing.assert_close(network(images, 4 * gamma), plainly(network, images, 4 * gamma), rtol=1e-4, atol=1e-4)
+
+
+LOW, HIGH = -6.0, 5.0
+
+
+def block_causal(shape=(1, 8, 12), **options):
+    return stir(transformer(shape, between=(LOW, HIGH), **options))
+
+
+def staged(states, patch=4, rows=2):
+    """Noise levels (1, 1, h, w) of patches that are finished (f), moving (m) or waiting (w)."""
+    level = torch.tensor([{"f": LOW, "m": 0.7, "w": HIGH}[s] for s in states]) + torch.arange(len(states)) * 0.01
+    level = torch.where(level > 4, HIGH, torch.where(level < -4, LOW, level)).view(rows, -1)
+    return level.repeat_interleave(patch, 0).repeat_interleave(patch, 1)[None, None]
+
+
+@pytest.mark.parametrize("states", ["ffmmww", "mmmmmm", "fmwmfw", "ffffff", "wwwwww", "ffffmf"])
+def test_a_block_causal_transformer_is_what_its_table_says(states):
+    network, (images, _) = block_causal(), told((1, 8, 12), 1)
+    gamma = staged(states)
+    answer = network(images, gamma)
+    torch.testing.assert_close(answer, plainly(network, images, gamma), rtol=1e-4, atol=1e-4)
+    moving = torch.tensor([s == "m" for s in states])[network.levels.groups]
+    assert (answer[0][~moving] == 0).all() and (answer[0][moving] != 0).all()
+    assert network.config["between"] == [LOW, HIGH]
+
+
+def influence(network, images, gamma):
+    """[i, j]: the largest derivative of patch i's features, and of its answer, by patch j's input."""
+    inside = functional.one_hot(network.levels.groups[0].flatten()).T.bool()  # (patch, pixel)
+    seen = []
+    hook = network.qkv[-1].register_forward_hook(lambda module, given, result: seen.append(result))
+
+    def features(x):
+        answer = functional.pixel_unshuffle(network(x, gamma), network.patch).flatten(2).mT[0]
+        return seen.pop()[0], answer
+
+    parts = torch.autograd.functional.jacobian(features, images)
+    hook.remove()
+    out = []
+    for part in parts:  # (patch, features, 1, inputs, h, w)
+        each = part.abs().amax((1, 2, 3)).flatten(1)
+        out.append(torch.stack([each[:, pixels].amax(1) for pixels in inside], 1))
+    return out
+
+
+def test_nothing_leaks_from_what_is_not_finished():
+    """Derivatives are exactly zero where the table says so, and none is elsewhere."""
+    network, (images, _) = block_causal(depth=3), told((1, 8, 12), 1)
+    states = "ffmmww"
+    features, answer = influence(network, images, staged(states))
+    mask = sees(network, ["finished"] * 2 + ["moving"] * 2 + ["waiting"] * 2)
+    assert torch.equal(features > 0, mask)
+    assert torch.equal(answer > 0, mask & torch.tensor([s == "m" for s in states])[:, None])
+
+
+def test_a_block_causal_transformer_of_permuted_movers_is_permuted():
+    """Without its places, those that move know no order, and those that are finished do not matter to each other's."""
+    network, (images, _) = block_causal(), told((1, 8, 12), 1)
+    with torch.no_grad():
+        network.place.zero_()
+    gamma = staged("fffmmm")
+    gamma[..., 4:, :] = 0.7
+    answer = network(images, gamma)[..., 4:, :]
+    rolled = torch.cat([images[..., :4, :], images[..., 4:, :].roll(4, -1)], 2)
+    torch.testing.assert_close(network(rolled, gamma)[..., 4:, :], answer.roll(4, -1), rtol=1e-4, atol=1e-5)
+
+
+def cut(images, patch):
+    """(b, c, h, w) to (b, patch, c, p, p)."""
+    c = images.shape[1]
+    return functional.pixel_unshuffle(images, patch).flatten(2).mT.unflatten(2, (c, patch, patch))
+
+
+@pytest.mark.parametrize("jumps", [["wwwwww", "mwwwww", "fmwwww", "ffmwww", "fffmww", "ffffmw", "fffffm", "ffffff"],
+                                   ["mmwwww", "fmmmww", "ffffmm"], ["mmmmmm", "ffffff"]])  # fmt: skip
+def test_a_window_says_what_the_whole_says(jumps):
+    network, past = block_causal(shape=(1, 8, 12), depth=3), []
+    images, _ = told((1, 8, 12), 2)
+    for k, states in enumerate(jumps):
+        moving = torch.tensor([s != "f" for s in states])[network.levels.groups]
+        images = torch.where(moving, told((1, 8, 12), 2, seed=k)[0], images)  # what is finished stays as it is
+        gamma = staged(states).expand(2, -1, -1, -1)
+        kept = past[0][0].shape[2] if past else 0
+        places = torch.tensor([i for i, s in enumerate(states) if s == "m" or (s == "f" and i >= kept)] or [5])
+        found = network.window(cut(images, 4)[:, places], cut(gamma, 4)[:, places], places, past)
+        torch.testing.assert_close(found, cut(network(images, gamma), 4)[:, places], rtol=1e-5, atol=1e-5)
+        assert all(key.shape == value.shape == (2, 2, states.count("f"), 8) for key, value in past)
 
 
 def test_a_transformer_of_moved_patches_is_moved():
@@ -507,6 +613,8 @@ def test_a_transformer_of_odd_sizes_is_refused():
         transformer((1, 8, 10))
     with pytest.raises(ValueError, match="width must be a multiple of heads, 3; got 16"):
         transformer(heads=3)
+    with pytest.raises(ValueError, match=r"between must be the lowest and highest gamma; got \(5, -5\)"):
+        transformer(between=(5, -5))
     for name in ("patch", "width", "depth", "heads"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
             transformer(**{name: 0})

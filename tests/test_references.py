@@ -464,6 +464,14 @@ def test_patches_at_their_places_have_the_histograms_of_the_image(monkeypatch):
     torch.testing.assert_close(each.view(3, 4).sum(1), whole.nll(x))
     plain = IndependentGaussian(basis, prior)
     assert plain.at(places.flatten()) is plain
+    same = priors.isotropic(priors.Moments(torch.full(SHAPE, 0.1), torch.full(SHAPE, 0.3)), 0.7)
+    for each in (Histograms(basis, same, whole.weight), IndependentGaussian(basis, same)):
+        apart, expected = (
+            each.patches(2).at(places.flatten()).posterior(cut(white), cut(gamma)),
+            each.posterior(white, gamma),
+        )
+        for name in ("mean", "deviation", "residual", "eps"):
+            torch.testing.assert_close(getattr(apart, name), cut(getattr(expected, name)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(reference.bits(images[:3]), whole.bits(images[:3]))
     empty = reference.at(places[:0, 0]).posterior(cut(white)[:0], cut(gamma)[:0])
     assert empty.mean.shape == (0, *shape)
@@ -529,6 +537,12 @@ def errors():
             PatchHistograms.fit(corner, cells, images).at(torch.tensor([0, 1])).nll(z)
         ),
         "must be made of patches": lambda: PatchHistograms.fit(bases.Pixel((1, 3, 3)), small, images),
+        "must have one sector for patches of its own; it has 2": lambda: Histograms.fit(
+            basis, prior, images, 2
+        ).patches(2),
+        "must have independent pixels .*; it is 'marginals'": lambda: Marginals.fit(basis, even, images).patches(2),
+        "need pixels that share one prior; the basis is 'pixel'": lambda: IndependentGaussian(basis, uneven).patches(2),
+        "need pixels that share one prior; the basis is 'haar'": lambda: IndependentGaussian(haar, even).patches(2),
         "bins must be a power of 2": lambda: Marginals.fit(haar, uneven, images, 100),
         "must be one of blocks .*; it is 'pixel'": lambda: GroupedGaussian.fit(basis, even, images),
         "one scale for all components": lambda: GroupedGaussian(blocks, uneven, member, eye, one),
