@@ -20,6 +20,9 @@ FILE names the notebook, parameters common to all points, and grids, each a mapp
 
 Points that were completed before with the same code are not run again; a sweep that was stopped goes on."""
 
+FRESH = "run again, from nothing, what was completed before; its results are set aside as NAME.before"
+TIMEOUT = "that a cell may take; default six hours"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 good, 1 something failed, 2 asked for wrongly, 130 interrupted."""
@@ -34,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--profile", choices=["laptop", "gpu"], help="of the notebooks that have a parameter `profile`")
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time; they share the cores")
     run.add_argument("--out", type=Path, default=Path("runs/book"), metavar="DIR", help="default: runs/book")
-    run.add_argument("--fresh", action="store_true", help="run again what was completed before")
+    run.add_argument("--fresh", action="store_true", help=FRESH)
+    run.add_argument("--timeout", type=float, metavar="SECONDS", help=TIMEOUT)
     run.set_defaults(command=_run)
 
     sweep = commands.add_parser(
@@ -46,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     sweep.add_argument("file", type=Path, metavar="FILE", help="the grid, YAML")
     sweep.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="at a time; default: one a core")
     sweep.add_argument("--out", type=Path, metavar="DIR", help="default: runs/ and the name of FILE")
-    sweep.add_argument("--fresh", action="store_true", help="run again what was completed before")
+    sweep.add_argument("--fresh", action="store_true", help=FRESH)
+    sweep.add_argument("--timeout", type=float, metavar="SECONDS", help=TIMEOUT)
     sweep.set_defaults(command=_sweep)
 
     refresh = commands.add_parser("refresh", help="execute notebooks in place, before a commit")
@@ -76,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.jobs < 1:
             raise ValueError(f"--jobs must be at least 1; got {options.jobs}")
         paths, parameters = notebooks.find(options.names), parameters | dict(options.p)
-        jobs = runs.plan(paths, options.out.resolve(), parameters, options.profile, options.fresh)
+        jobs = runs.plan(paths, options.out.resolve(), parameters, options.profile, options.fresh, *_seconds(options))
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -91,6 +96,10 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _seconds(options: argparse.Namespace) -> list[float]:
+    return [] if options.timeout is None else [options.timeout]
+
+
 def _sweep(options: argparse.Namespace) -> int:
     import yaml
 
@@ -103,7 +112,7 @@ def _sweep(options: argparse.Namespace) -> int:
         if options.jobs < 1:
             raise ValueError(f"--jobs must be at least 1; got {options.jobs}")
         out = (options.out or Path("runs") / options.file.stem).resolve()
-        jobs = runs.points(grid, out, options.fresh)
+        jobs = runs.points(grid, out, options.fresh, *_seconds(options))
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

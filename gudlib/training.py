@@ -23,7 +23,9 @@ References:
     https://arxiv.org/abs/2206.00364, section 5 (unit weight on the network's answer)
 """
 
+import ast
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -159,8 +161,9 @@ class Loop(ABC):
         checkpoint: file to write to every `save_every` steps and at the end, and to resume from if it is there.
 
     Raises:
-        ValueError: if the checkpoint at that place was trained with another configuration, network or shape; if images
-            are not of that shape, or should undergo all symmetries of the square without being one.
+        ValueError: if the checkpoint at that place is of another run, with other images, another configuration,
+            network, basis, prior or reference, or by other code; if images are not of that shape, or should undergo all
+            symmetries of the square without being one.
     """
 
     def __init__(
@@ -187,6 +190,7 @@ class Loop(ABC):
         self._digest = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
         self.images = images.to(self.accelerator.device)
         self.plain, self._described = denoiser.network.train(), describe(denoiser)
+        self._around = probe(denoiser.reference.state_dict())
         self._white_variance = denoiser.prior.log_variance.exp().float()
         self.average = copy.deepcopy(self.plain).requires_grad_(False)
         optimizer = torch.optim.AdamW(self.plain.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -259,16 +263,16 @@ class Loop(ABC):
         """Continue from a file written by `save`.
 
         Raises:
-            ValueError: if it was written for another configuration, family, network or shape.
+            ValueError: if it was written by another run.
         """
         tensors, header = read_tensors(path)
         mine = json.loads(json.dumps(self._header()))
-        for name in mine:
-            if header.get(name) != mine[name]:
-                raise ValueError(
-                    f"{path} belongs to another run, which had {name} = {header.get(name)}; this one has {mine[name]}. "
-                    "Remove it or give another file"
-                )
+        if apart := _apart({name: header.get(name) for name in mine}, mine):
+            name, theirs, ours = apart
+            raise ValueError(
+                f"{path} belongs to another run, which had {name} = {theirs}; this one has {ours}. "
+                "Remove it or give another file"
+            )
         self.plain.load_state_dict(_part(tensors, "network."))
         self.average.load_state_dict(_part(tensors, "average."))
         state: dict[int, dict[str, Tensor]] = {}
@@ -307,7 +311,7 @@ class Loop(ABC):
 
     def _header(self) -> dict[str, Any]:
         images = {"images": list(self.images.shape), "digest": self._digest}
-        return {"config": asdict(self.config), **images, **self._described}
+        return {"config": asdict(self.config), **images, **self._described, "around": self._around, "code": code()}
 
 
 class Trainer(Loop):
@@ -321,7 +325,7 @@ class Trainer(Loop):
         checkpoint: file to write to every `save_every` steps and at the end, and to resume from if it is there.
 
     Raises:
-        ValueError: if the checkpoint at that place was trained with another configuration, family, network or shape.
+        ValueError: as `Loop`, and if the checkpoint was trained along other schedules.
     """
 
     def __init__(
@@ -333,9 +337,14 @@ class Trainer(Loop):
         checkpoint: str | Path | None = None,
     ) -> None:
         self.draw = draw
-        super().__init__(denoiser, images, denoiser.basis.shape, config, checkpoint)
+        device = devices.default()
         if isinstance(draw, Family):
-            draw.to(self.accelerator.device)
+            draw.to(device)
+            self._schedules: Any = draw.spec
+        else:
+            drawn = draw(4, torch.Generator(device).manual_seed(0))
+            self._schedules = probe({"gamma": drawn.gamma(torch.linspace(0, 1, 4, dtype=torch.float64, device=device))})
+        super().__init__(denoiser, images, denoiser.basis.shape, config, checkpoint)
 
     def loss(self, index: int) -> tuple[Tensor, Tensor]:
         """Weighted loss, and squared noise errors (b, c, h, w), on the batch that belongs to step `index`."""
@@ -353,11 +362,55 @@ class Trainer(Loop):
         return self.weighted(error, schedule, t, mine), error
 
     def _header(self) -> dict[str, Any]:
-        return super()._header() | {"family": getattr(self.draw, "spec", None)}
+        return super()._header() | {"family": self._schedules}
 
     def averaged(self) -> Denoiser:
         """A denoiser with the averaged weights, sharing basis and prior; for sampling."""
         return Denoiser(self.average, self.denoiser.reference, self.denoiser.noised).eval()
+
+
+@functools.cache
+def code() -> str:
+    """A digest of the modules that a training depends on, but for their comments and docstrings."""
+    here, seen, queue = Path(__file__).parent, {}, ["training", *(f"mar.{name}" for name in ("model", "training"))]
+    while queue:
+        name = queue.pop()
+        path = here.joinpath(*name.split(".")).with_suffix(".py")
+        if name in seen or not path.is_file():
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gudlib":
+                room = (node.module or "").split(".")[1:]
+                queue += [".".join([*room, each.name]) for each in node.names] + [".".join(room)]
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        seen[name] = ast.dump(tree)
+    return hashlib.sha256(json.dumps(sorted(seen.items())).encode()).hexdigest()[:16]
+
+
+def probe(tensors: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Of each tensor its norm, and its part along a fixed direction, by which a run tells what it was made for.
+
+    Numbers and not a digest: tensors that only rounding sets apart are alike.
+    """
+    found = {}
+    for name, value in tensors.items():
+        x = value.detach().double().flatten().cpu()
+        along = (torch.arange(1, len(x) + 1, dtype=torch.float64) ** 1.5).cos()
+        found[name] = {"norm": float(x.norm()), "along": float(x @ along)}
+    return found
+
+
+def _apart(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """Where two headers differ first, and in what; probes do by more than a thousandth of the norm."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        if one.keys() == {"norm", "along"}:
+            near = all(abs(one[key] - value) <= 1e-3 * other["norm"] for key, value in other.items())
+            return None if near else (name, one, other)
+        found = (_apart(one[key], value, f"{name}.{key}".lstrip(".")) for key, value in other.items())
+        return next((each for each in found if each), None)
+    return None if one == other else (name, one, other)
 
 
 @contextmanager

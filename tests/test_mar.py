@@ -1,5 +1,6 @@
 """The autoregressive end: who sees what, what it costs, and that its bound is the chain rule's."""
 
+import functools
 import importlib.util
 import itertools
 import math
@@ -511,6 +512,19 @@ def test_guidance_grows_with_what_is_known(kind, steps, generator, monkeypatch):
     assert seen == pytest.approx([1.5, 2.5, 4] if steps == 3 else [1.5, 2, 2.5, 3, 3.5, 4])
 
 
+@pytest.mark.parametrize("kind, steps", [("raster", 6), ("masked", 3)])
+def test_tokens_may_have_steps_of_their_own(kind, steps, monkeypatch):
+    model, calls, plain = build(kind), [], samplers.sample
+    monkeypatch.setattr(samplers, "sample", lambda *a, **k: calls.append(a[3]) or plain(*a, **k))
+    draw = functools.partial(mar.generate, model, cosine(model), 3, steps=steps)
+    same, each = (draw(torch.Generator().manual_seed(4), head_steps=k)[0] for k in (4, [4] * steps))
+    assert torch.equal(same, each)
+    fewer = list(range(2 + steps, 2, -1))
+    calls.clear()
+    draw(torch.Generator().manual_seed(4), head_steps=fewer)
+    assert calls == fewer
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 def test_temperature_scales_the_noise_of_the_steps_and_not_the_start(temperature, generator):
     """For standard normal data every step is linear, and the variance of the samples a recursion."""
@@ -542,11 +556,11 @@ def test_cold_tokens_vary_less_and_one_is_the_default(kind):
 # Training
 
 
-def trainer(kind="masked", config=QUICK, checkpoint=None, seed=0, awake=False, **options):
+def trainer(kind="masked", config=QUICK, checkpoint=None, seed=0, awake=False, labels=LABELS, line=None, **options):
     model = build(kind, seed, awake, **options)
     model.train()
-    labels = LABELS if model.network.classes else None
-    return mar.MarTrainer(model, pictures(), labels, cosine(model), config, checkpoint)
+    labels = labels if model.network.classes else None
+    return mar.MarTrainer(model, pictures(), labels, line or cosine(model), config, checkpoint)
 
 
 class Spy(nn.Module):
@@ -712,9 +726,16 @@ def test_the_average_and_not_the_last_weights_are_handed_out():
 def test_a_checkpoint_of_another_kind_or_setting_is_refused(tmp_path):
     file = tmp_path / "c.safetensors"
     trainer("masked", checkpoint=file).save(file)
-    for other, name in ((dict(kind="random"), "network"), (dict(config=replace(QUICK, repeats=1)), "config")):
+    for other, name in (
+        (dict(kind="random"), "network.kind"),
+        (dict(config=replace(QUICK, repeats=1)), "config.repeats"),
+    ):
         with pytest.raises(ValueError, match=rf"c.safetensors belongs to another run, which had {name} = "):
             trainer(**other, checkpoint=file)
+    with pytest.raises(ValueError, match="had labels = "):
+        trainer("masked", checkpoint=file, labels=2 - LABELS)
+    with pytest.raises(ValueError, match="had schedule.gamma = "):
+        trainer("masked", checkpoint=file, line=schedules.linear((1, 2, 2), -3.0, 3.0))
     with pytest.raises(ValueError, match="state of a training run"):
         mar.load(file)
 
@@ -740,6 +761,12 @@ def test_recipes_of_models_of_patches_share_their_noise(tmp_path):
     assert gud.denoiser.network.config == stored.denoiser.network.config
     assert gud.recommended == stored.recommended and gud.family.finest == pytest.approx(stored.family.finest)
     assert model.prior.mean[0, 0, 0] == gud.denoiser.prior.mean[0, 0, 0]
+    small, kept = recipes.causal(images), GUD.load(files.CHECKPOINTS / "fashion_causal.safetensors", "cpu")
+    configs = [each.denoiser.network.config for each in (small, kept)]
+    assert [config.pop("between") for config in configs] == [
+        pytest.approx([float(x) for x in (m.family.low.min(), m.family.high.max())], abs=1e-3) for m in (small, kept)
+    ]
+    assert configs[0] == configs[1] and small.denoiser.reference.name == kept.denoiser.reference.name
 
 
 # Files
@@ -859,6 +886,7 @@ REFUSED = {
     "width must be a multiple of heads, 3; got 16": lambda: build("masked", heads=3),
     "steps must lie between 1 and the number of tokens, 6; got 7": lambda: sampled(steps=7),
     "the number of tokens, 6; got 0": lambda: sampled(steps=0),
+    "head_steps must be one number, or 6, one for each step; got 2": lambda: sampled("random", head_steps=[3, 4]),
     "a random model draws one token a step, steps = 6; got 3": lambda: sampled("random", steps=3),
     "guidance = 2.0 needs labels": lambda: sampled(guidance=2.0),
     "labels must be 2 integers, 0 to 2; got torch.int64 of shape .2,., 0 to 3": lambda: sampled(labels=LABELS[:2] * 3),

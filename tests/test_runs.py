@@ -25,6 +25,7 @@ import yaml
 from cases import PATIENCE
 
 from gudlib import __main__
+from gudlib import __version__ as version
 from gudlib.book import notebooks, runs
 
 PARAMETERS = """steps: int = 2  # how many
@@ -96,8 +97,29 @@ def test_results_lie_in_the_output_folder_with_a_record(outcomes):
     record = json.loads((folder / "out/good.json").read_text())
     assert record["parameters"] == {"steps": 5, "rate": 0.01, "name": "07", "sizes": [1.0, 0.2]}
     assert record["status"] == "completed" and record["seconds"] > 0
-    assert {"torch", "numpy", "python", "gudlib", "commit", "changed"} < {*record}
+    assert {"torch", "numpy", "python", "commit", "changed"} < {*record} and record["gudlib"] == version
     assert json.loads((folder / "out/raises.json").read_text())["status"] == "failed"
+
+
+def test_kernels_are_of_this_python_and_know_time_figures_letters_and_folders(tmp_path):
+    """Whatever the environment says, and whatever kernelspecs there are."""
+    show = "import matplotlib, os, sys\nprint(matplotlib.get_backend(), sys.executable, 'γ', os.environ['GUDLIB_DATA'])"
+    plain = write(tmp_path / "plain.ipynb", show)
+    content = nbformat.read(plain, 4)
+    content.metadata = {}
+    nbformat.write(content, plain)
+    slow = write(tmp_path / "slow.ipynb", "import time\ntime.sleep(300)")
+    spec = tmp_path / "jupyter/kernels/python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "x", "language": "python"}')
+    odd = {"MPLBACKEND": "Agg", "LC_ALL": "C", "GUDLIB_DATA": "sets", "JUPYTER_PATH": str(tmp_path / "jupyter")}
+    done = subprocess.run(
+        command(plain, slow, "--timeout", "2", "--out", tmp_path / "out"),
+        capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path, env=os.environ | odd | {"PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert done.returncode == 1 and "cell [3] `import time`: longer than the timeout of 2 seconds" in done.stderr
+    [told] = [o.text for c in nbformat.read(tmp_path / "out/plain.ipynb", 4).cells for o in c.get("outputs", ())]
+    assert told.split() == ["inline", sys.executable, "γ", str(tmp_path / "sets")]
 
 
 def test_done_is_skipped_until_notebook_or_parameters_change(tmp_path):
@@ -469,6 +491,68 @@ def test_a_row_has_the_report_of_its_own_run_under_any_name(tmp_path, pretend):
     pretend.report = lambda _: None
     write(tmp_path / "a.ipynb", "# reports nothing any more")
     assert "square" not in pretend.sweep((5,))[1]
+
+
+def test_a_row_has_nothing_of_a_report_that_its_run_did_not_write(tmp_path, pretend):
+    pretend.name, pretend.report = "z", lambda _: {"loss": 0.5, "accuracy": 0.9}
+    assert pretend.sweep((5,))[1].accuracy.tolist() == [0.9]
+    pretend.name, pretend.report = "a", lambda _: {"loss": 0.1}
+    write(tmp_path / "a.ipynb", "# reports under another name")
+    frame = pretend.sweep((5,))[1]
+    assert frame.loss.tolist() == [0.1] and "accuracy" not in frame
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"key": ', "\udcff"])
+@pytest.mark.parametrize("name", ["a.json", "a/report.json"])
+def test_a_damaged_record_or_report_counts_as_not_done(tmp_path, pretend, name, text):
+    pretend.sweep()
+    damaged = next(path for path in sorted((tmp_path / "out").glob(f"*/{name}")))
+    damaged.write_bytes(text.encode(errors="surrogateescape"))
+    status, frame, ran = pretend.sweep()
+    assert sorted(status) == ["completed", "skipped", "skipped"] and len(ran) == 1
+    assert frame.square.tolist() == [1, 4, 9]
+
+
+def test_a_report_takes_no_parameters_or_facts_place(pretend):
+    pretend.report = lambda parameters: {"steps": 100 + parameters["steps"], "commit": "mine", "loss": 1.0}
+    frame = pretend.sweep((1, 2))[1]
+    assert frame.steps.tolist() == [1, 2] and frame.reported_steps.tolist() == [101, 102]
+    assert frame.commit.tolist() == ["", ""] and frame.reported_commit.tolist() == ["mine", "mine"]
+
+
+def test_a_column_of_unlike_kinds_is_kept_as_text(pretend):
+    pretend.report = lambda parameters: {"bits": {1: 3.5, 2: "diverged", 3: [1, 2]}[parameters["steps"]], "n": 1}
+    frame = pretend.sweep()[1]
+    assert [json.loads(text) for text in frame.bits] == [3.5, "diverged", [1, 2]] and frame.n.tolist() == [1, 1, 1]
+
+
+def test_fresh_sets_aside_what_a_run_left(tmp_path, pretend):
+    pretend.sweep((1,))
+    [kept] = (tmp_path / "out").glob("*/a")
+    (kept / "checkpoint").write_text("old")
+    write(tmp_path / "a.ipynb", "# other code")
+    pretend.sweep((1,))
+    assert (kept / "checkpoint").read_text() == "old"  # a stopped run goes on
+    pretend.sweep((1,), fresh=True)
+    assert [path.name for path in kept.iterdir()] == ["report.json"]
+    assert (kept.with_name("a.before") / "checkpoint").read_text() == "old"
+    pretend.sweep((1,), fresh=True)
+    assert not (kept.with_name("a.before") / "checkpoint").exists()
+
+
+def test_a_point_depends_on_what_lies_beside_it_and_on_the_data(tmp_path, monkeypatch, pretend):
+    sets = tmp_path / "sets/mine"
+    sets.mkdir(parents=True)
+    monkeypatch.setenv("GUDLIB_DATA", str(tmp_path / "sets"))
+    for path in (tmp_path / "helping.py", sets / "train.parquet"):
+        for text in ("one", "two"):
+            path.write_text(text)
+            assert pretend.sweep((1,))[0] == ["completed"]
+            assert pretend.sweep((1,))[0] == ["skipped"]
+    path.touch()
+    assert pretend.sweep((1,))[0] == ["skipped"]  # content counts, not dates
+    monkeypatch.setattr(runs.importlib.metadata, "version", lambda package: "other")
+    assert pretend.sweep((1,))[0] == ["completed"]
 
 
 def test_defaults_and_reports_keep_their_kinds(tmp_path, pretend):

@@ -2,9 +2,12 @@
 
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import cases
 import pytest
@@ -417,11 +420,12 @@ def test_without_a_checkpoint_nothing_is_written(tmp_path, monkeypatch):
 
 
 OTHERS = {
-    "config": lambda c: trainer(replace(QUICK, lr=1e-5), c),
-    "family": lambda c: trainer(QUICK, c, a=(0.4, 1.5)),
+    "config.lr": lambda c: trainer(replace(QUICK, lr=1e-5), c),
+    "family.a": lambda c: trainer(QUICK, c, a=(0.4, 1.5)),
     "images": lambda c: trainer(QUICK, c, images=pictures(32)),
-    "network": lambda c: trainer(QUICK, c, width=16),
-    "network ": lambda c: trainer(QUICK, c, kind="mlp"),
+    "digest": lambda c: trainer(QUICK, c, images=255 - pictures()),
+    "network.width": lambda c: trainer(QUICK, c, width=16),
+    "network": lambda c: trainer(QUICK, c, kind="mlp"),
 }
 
 
@@ -431,10 +435,74 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(name, tmp_path
     file = tmp_path / "c.safetensors"
     trainer(QUICK, file).save(file)
     with pytest.raises(
-        ValueError, match=rf"c.safetensors belongs to another run, which had {name.strip()} = "
+        ValueError, match=rf"c.safetensors belongs to another run, which had {re.escape(name)} = "
     ) as error:
         OTHERS[name](file)
     assert "Remove it or give another file" in str(error.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_checkpoint_tells_tensors_and_schedules_by_what_is_in_them(tmp_path):
+    """Another prior, other principal components, a function of other schedules; rounding makes no other run."""
+    file, images = tmp_path / "c", pictures()
+    basis, prior = bases.PCA.fit(data.dequantise(images, torch.Generator().manual_seed(0))), components()[1]
+
+    def run(basis=basis, prior=prior, low=-9.0, move=0.0):
+        torch.manual_seed(0)
+        model = denoiser.build(basis, prior, groups=4, width=8)
+        model.reference.prior.mean += move
+        return Trainer(model, images, lambda n, g: schedules.linear(SHAPE, low, 5.0), QUICK, file)
+
+    run().save(file)
+    assert run(move=1e-6).step == 0
+    turned = bases.PCA(
+        basis.matrix * torch.linspace(-1, 1, len(basis.matrix)).sign()[:, None], SHAPE, basis.eigenvalues
+    )
+    wider = priors.Prior(prior.moments, 1.1 * prior.scale)
+    for name, other in {
+        "around.basis.matrix": lambda: run(basis=turned), "around.prior.scale": lambda: run(prior=wider),
+        "family.gamma": lambda: run(low=-8.0),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"had {name} = "):
+            other()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_checkpoint_of_other_code_is_refused(tmp_path, monkeypatch):
+    trainer(QUICK, tmp_path / "c").save(tmp_path / "c")
+    assert trainer(QUICK, tmp_path / "c").step == 0
+    monkeypatch.setattr(training, "code", lambda: "other")
+    with pytest.raises(ValueError, match="had code = .*; this one has other"):
+        trainer(QUICK, tmp_path / "c")
+
+
+def test_the_digest_of_code_knows_statements_of_what_is_imported_and_no_words(tmp_path, monkeypatch):
+    folder = tmp_path / "gudlib"
+    shutil.copytree(Path(training.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(training, "__file__", str(folder / "training.py"))
+
+    def digest(name="", old="", new=""):
+        path = folder / (name or "training.py")
+        before = path.read_text()
+        assert old in before
+        path.write_text(before.replace(old, new, 1) if old else before)
+        training.code.cache_clear()
+        found = training.code()
+        path.write_text(before)
+        return found
+
+    try:
+        plain = digest()
+        assert plain == digest("networks.py", '"""Networks that take', '"""Things that take')
+        assert plain == digest("training.py", "import copy", "import copy  # a word")
+        assert plain == digest("plotting.py", "COLOURS = [", "COLOURS = ['red', ")
+        for name, old, new in (("training.py", "0.5 * (1 + math.cos", "0.4 * (1 + math.cos"),
+                               ("networks.py", "reach = 12.0", "reach = 11.0"),
+                               ("mar/training.py", "index + 500_000", "index + 400_000"),
+                               ("schedules.py", "import torch", "import math, torch")):  # fmt: skip
+            assert digest(name, old, new) != plain, name
+    finally:
+        training.code.cache_clear()
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -445,7 +513,7 @@ def test_a_checkpoint_for_another_basis_is_refused(tmp_path):
     prior = components()[1]
     torch.manual_seed(0)
     other = denoiser.build(bases.Haar(SHAPE, 2), prior, groups=4, width=8)
-    with pytest.raises(ValueError, match="had basis = {'name': 'dct'}"):
+    with pytest.raises(ValueError, match="had basis = {'name': 'dct'}; this one has {'name': 'haar', 'levels': 2}"):
         Trainer(other, pictures(), families.SoftConditioning(prior, RANGE), QUICK, file)
 
 

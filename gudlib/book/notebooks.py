@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import base64
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import nbclient
 import nbformat
 import papermill
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
 from nbformat import NotebookNode
 
 from gudlib.files import IN_REPOSITORY, NOTEBOOKS, replacing, with_repository, write
@@ -31,6 +34,23 @@ METADATA = {
     "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
 }
 WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+class ThisPython(AsyncKernelManager):
+    """Starts kernels of the Python that runs this, whatever kernelspecs there are."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """How to start one."""
+        start = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=start, display_name="Python 3", language="python")
+
+
+def environment() -> dict[str, str]:
+    """Of kernels: this process's, with figures in the notebook, UTF-8, and absolute folders."""
+    pinned = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONUTF8": "1"}
+    given = (name for name in ("GUDLIB_DATA", "GUDLIB_RESULTS") if os.environ.get(name))
+    return {**os.environ, **pinned, **{name: str(Path(os.environ[name]).resolve()) for name in given}}
 
 
 def book() -> list[Path]:
@@ -110,10 +130,11 @@ def refresh(notebook: Path) -> None:
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
+        kernel_manager_class=ThisPython,
         resources={"metadata": {"path": str(notebook.parent)}},
     )
     client.widget_registry = NO_WIDGETS
-    client.execute()
+    client.execute(env=environment())
     with replacing(notebook) as draft:
         nbformat.write(settled(content), draft)
     for picture in pictures(content):

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -31,29 +32,41 @@ from typing import Any
 import nbconvert
 import nbformat
 import papermill
+import pyarrow
 import yaml
+from nbclient.exceptions import CellTimeoutError
 from pandas import DataFrame
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from tqdm import tqdm
 
-from gudlib.book.notebooks import NO_WIDGETS, QUIET, find, parameters_of
-from gudlib.files import ROOT, replacing, write, write_json
+from gudlib import __version__
+from gudlib.book.notebooks import NO_WIDGETS, QUIET, ThisPython, environment, find, parameters_of
+from gudlib.files import DATA, ROOT, replacing, write, write_json
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CELL_TIMEOUT = 6 * 3600  # seconds; a training cell of the gpu profile is the longest that there is
+
+LARGE = 2**28  # bytes of a file that is known by its size and date alone
+FACTS = ("seconds", "python", "torch", "numpy", "gudlib", "commit", "changed")  # of a record, for a row
 
 _bar: dict[str, Any] = {"disable": True}  # over cells: shown by the processes of `run`, each on a line of its own
 
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook to run with `parameters` into the folder `out`; `fresh` runs it even if it was done before."""
+    """One notebook to run with `parameters` into the folder `out`.
+
+    Attributes:
+        fresh: run it from nothing, even if it was done before: what it left in its folder of results is set aside.
+        timeout: seconds that a cell may take.
+    """
 
     notebook: Path
     out: Path
     parameters: Mapping[str, Any] = field(default_factory=dict)
     fresh: bool = False
+    timeout: float = CELL_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,12 @@ class Result:
 
 
 def plan(
-    notebooks: Sequence[Path], out: Path, parameters: Mapping[str, Any], profile: str | None = None, fresh: bool = False
+    notebooks: Sequence[Path],
+    out: Path,
+    parameters: Mapping[str, Any],
+    profile: str | None = None,
+    fresh: bool = False,
+    timeout: float = CELL_TIMEOUT,
 ) -> list[Job]:
     """Jobs for `notebooks`, checked without starting a kernel.
 
@@ -77,12 +95,14 @@ def plan(
         out: folder for the results.
         parameters: values, or texts to be read as the declared type; each notebook gets those that it declares.
         profile: value for those notebooks that declare a parameter `profile`.
-        fresh: run also what was done before.
+        fresh, timeout: as of `Job`.
 
     Raises:
         ValueError: for a parameter that no notebook declares or a value not of the declared type (it names what is
-            accepted), and for two notebooks that would write the same file.
+            accepted), for two notebooks that would write the same file, and for a timeout that is none.
     """
+    if not timeout > 0:
+        raise ValueError(f"timeout must be more than 0 seconds; got {timeout:g}")
     declared = {notebook: parameters_of(notebook) for notebook in notebooks}
     accepted = "; accepted are:"
     for notebook, types in declared.items():
@@ -100,7 +120,7 @@ def plan(
             values = {name: _typed(types[name][0], value) for name, value in wanted.items() if name in types}
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"mistyped parameter of {notebook.stem}: {error}{accepted}") from error
-        jobs.append(Job(notebook, out, values, fresh))
+        jobs.append(Job(notebook, out, values, fresh, timeout))
     return jobs
 
 
@@ -125,13 +145,15 @@ class _Engine(NBClientEngine):
         client = PapermillNotebookClient(
             nb_man,
             kernel_name=kernel_name,
-            timeout=CELL_TIMEOUT,
+            timeout=kwargs["seconds"],
+            interrupt_on_timeout=False,  # else the cell says KeyboardInterrupt
             coalesce_streams=True,
             extra_arguments=QUIET,
+            kernel_manager_class=ThisPython,
             resources={"metadata": {"path": str(kwargs["folder"])}},
         )
         client.widget_registry = NO_WIDGETS
-        client.execute(env=os.environ | {"GUDLIB_RESULTS": str(kwargs["results"])})
+        client.execute(env=environment() | {"GUDLIB_RESULTS": str(kwargs["results"])})
 
 
 papermill_engines.register("gudlib", _Engine)
@@ -144,13 +166,14 @@ def run_job(job: Job) -> Result:
     """
     name, key, start = job.notebook.stem, _key(job), time.perf_counter()
     output, page, record = (job.out / f"{name}{suffix}" for suffix in (".ipynb", ".html", ".json"))
-    if not job.fresh and output.is_file() and page.is_file() and record.is_file():
-        before = json.loads(record.read_text())
-        if (before["key"], before["status"]) == (key, "completed"):
-            return Result(name, "skipped", before["seconds"], output)
+    if not job.fresh and output.is_file() and page.is_file() and (before := _completed(job, key)):
+        return Result(name, "skipped", before["seconds"], output)
     job.out.mkdir(parents=True, exist_ok=True)
+    if job.fresh:
+        _set_aside(job.out / name)
     for old in (record, job.out / name / "report.json"):
         old.unlink(missing_ok=True)
+    there = _reports(job.out)
     partial, error = job.out / f"{name}.partial.ipynb", None
     partial.unlink(missing_ok=True)
     options = {
@@ -159,6 +182,7 @@ def run_job(job: Job) -> Result:
         "kernel_name": "python3",
         "language": "python",
         "engine_name": "gudlib",
+        "seconds": job.timeout,
         "progress_bar": {"desc": name, "leave": False, **_bar},
         "autosave_cell_every": 10,
     }
@@ -166,6 +190,8 @@ def run_job(job: Job) -> Result:
         papermill.execute_notebook(job.notebook, partial, dict(job.parameters), **options)
     except Exception as caught:  # a cell's error, a dead kernel, a timeout: all are this notebook's failure
         error = caught
+    if isinstance(error, CellTimeoutError):
+        error = TimeoutError(f"longer than the timeout of {job.timeout:g} seconds")
     failure = _failure(partial, error)
     if partial.is_file():
         html = nbconvert.HTMLExporter().from_filename(str(partial))[0]
@@ -174,24 +200,86 @@ def run_job(job: Job) -> Result:
         os.replace(partial, output)
     result = Result(name, "failed" if failure else "completed", time.perf_counter() - start, output, failure)
     facts = {"output": output.name, "parameters": dict(job.parameters), "key": key, "python": platform.python_version()}
-    facts |= {package: importlib.metadata.version(package) for package in ("torch", "numpy", "gudlib")}
-    facts |= {"commit": _git("rev-parse", "HEAD"), "changed": bool(_git("status", "--porcelain"))}
-    write_json(record, asdict(result) | facts)
+    facts |= {package: importlib.metadata.version(package) for package in ("torch", "numpy")}
+    facts |= {
+        "gudlib": __version__,
+        "commit": _git("rev-parse", "HEAD"),
+        "changed": bool(_git("status", "--porcelain")),
+    }
+    told = [path.relative_to(job.out) for path, state in _reports(job.out).items() if there.get(path) != state]
+    write_json(record, asdict(result) | facts | {"reports": [path.as_posix() for path in sorted(told)]})
     return result
 
 
+def _reports(out: Path) -> dict[Path, tuple[int, int, int]]:
+    """Where reports lie, and what changes when one is written anew."""
+    states = {path: path.stat() for path in out.glob("*/report.json")}
+    return {path: (state.st_ino, state.st_mtime_ns, state.st_size) for path, state in states.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty where there is none, or what is there is damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _completed(job: Job, key: str) -> dict[str, Any]:
+    """The record of a job that was completed with this key, if it and its reports are whole; else nothing."""
+    record = _read(job.out / f"{job.notebook.stem}.json")
+    wanted = {"parameters": dict, "seconds": float, "reports": list} | dict.fromkeys(FACTS, object)
+    if (record.get("key"), record.get("status")) != (key, "completed"):
+        return {}
+    whole = all(isinstance(record.get(name), kind) for name, kind in wanted.items())
+    return record if whole and all(_read(job.out / path) for path in record["reports"]) else {}
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a folder to NAME.before, in place of what was set aside earlier."""
+    if folder.is_dir():
+        before = folder.with_name(f"{folder.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+
+
 def _key(job: Job) -> str:
-    """What a job's results depend on, hashed: cells, parameters and those modules of this package that it imports."""
+    """What a job's results depend on, hashed.
+
+    Cells, parameters, those modules of this package that they import, modules beside the notebook, torch and the data.
+    """
     cells = [(cell.cell_type, cell.source) for cell in nbformat.read(job.notebook, 4).cells]
     there = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-    there = {name.removesuffix(".__init__"): path.read_text() for name, path in there.items()}
-    used, queue = {"gudlib"}, ["\n".join(source for kind, source in cells if kind == "code")]
+    there = {name.removesuffix(".__init__"): path.read_text(encoding="utf-8") for name, path in there.items()}
+    beside = {path.name: path.read_text(encoding="utf-8") for path in sorted(job.notebook.parent.glob("*.py"))}
+    used, queue = {"gudlib"}, ["\n".join(source for kind, source in cells if kind == "code"), *beside.values()]
     while queue:
         found = _imports(queue.pop(), frozenset(there)) - used
         used |= found
         queue += [there[name] for name in found]
     code = [(name, there[name]) for name in sorted(used)]
-    return hashlib.sha256(json.dumps([cells, dict(job.parameters), code], sort_keys=True).encode()).hexdigest()
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "numpy")}
+    parts = [cells, dict(job.parameters), code, beside, versions, _contents()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _contents() -> list[tuple[str, str]]:
+    """Digests of the data that notebooks may read: this repository's, and those of GUDLIB_DATA."""
+    folders = [DATA, *filter(None, [os.environ.get("GUDLIB_DATA")])]
+    found = []
+    for folder in map(Path, folders):
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".safetensors")):
+            state = path.stat()
+            digest = _digest(path, state.st_size, state.st_mtime_ns)
+            found.append((path.relative_to(folder).as_posix(), digest))
+    return found
+
+
+@functools.cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    """Of a file's bytes or, for a large one, of its size and date."""
+    return f"{size}, {changed}" if size > LARGE else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @functools.cache  # the points of a sweep share their notebook
@@ -213,7 +301,8 @@ def _failure(notebook: Path, error: Exception | None) -> str:
         return ""
     for number, cell in reversed([*enumerate(cells, 1)]):
         if cell.metadata.papermill.start_time:
-            reason = next((f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"), error)
+            said = (f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error")
+            reason = error if isinstance(error, TimeoutError) else next(said, error)
             return f"cell [{number}] `{cell.source.strip().splitlines()[0]}`: {reason}"
     return str(error)
 
@@ -241,7 +330,8 @@ def sweep(
 
     A row holds the parameters, what the notebook reported (`claims.report`), and its time, versions and commit. The
     table is replaced in one step whenever a job is done, so it can be read at any time. Jobs that were completed before
-    with the same parameters and code are not run again but have their row; rows of other jobs are dropped.
+    with the same parameters, code and data are not run again but have their row; rows of other jobs are dropped. A
+    report's names that are a parameter's or a fact's get `reported_` before them; columns of unlike kinds become text.
 
     Arguments:
         jobs: as from `points`.
@@ -253,7 +343,7 @@ def sweep(
 
     def keep(done: Iterable[Job]) -> DataFrame:
         rows.update({job.out: _row(job) for job in done})
-        frame = DataFrame([rows[job.out] for job in jobs if rows.get(job.out)])
+        frame = _writable(DataFrame([rows[job.out] for job in jobs if rows.get(job.out)]))
         with replacing(table) as draft:
             frame.to_parquet(draft, index=False)
         return frame
@@ -264,7 +354,7 @@ def sweep(
     return results, keep([])
 
 
-def points(grid: Mapping[str, Any], out: Path, fresh: bool = False) -> list[Job]:
+def points(grid: Mapping[str, Any], out: Path, fresh: bool = False, timeout: float = CELL_TIMEOUT) -> list[Job]:
     """The jobs of a sweep, checked without starting a kernel, in the order of its grids; a point given twice runs once.
 
     Arguments:
@@ -273,7 +363,7 @@ def points(grid: Mapping[str, Any], out: Path, fresh: bool = False) -> list[Job]
         out: folder for the results; each job has one below it, named by a number that its parameters determine.
             Parameters that the grid leaves out are written down with their defaults, so that it is the same point
             whichever way it is given.
-        fresh: run also what was done before.
+        fresh, timeout: as of `Job`.
 
     Raises:
         ValueError: for another key or a missing one, a grid without values, an unknown or mistyped parameter.
@@ -295,7 +385,9 @@ def points(grid: Mapping[str, Any], out: Path, fresh: bool = False) -> list[Job]
         if empty := [name for name, values in lists.items() if not values]:
             raise ValueError(f"no values for {', '.join(empty)}")
         for values in itertools.product(*lists.values()):
-            [job] = plan([notebook], out, defaults | common | dict(zip(lists, values, strict=True)), fresh=fresh)
+            [job] = plan(
+                [notebook], out, defaults | common | dict(zip(lists, values, strict=True)), None, fresh, timeout
+            )
             said = json.dumps(dict(job.parameters), sort_keys=True)
             name = hashlib.sha256(said.encode()).hexdigest()[:12]
             jobs.setdefault(name, replace(job, out=out / name))
@@ -304,15 +396,25 @@ def points(grid: Mapping[str, Any], out: Path, fresh: bool = False) -> list[Job]
 
 def _row(job: Job) -> dict[str, Any]:
     """What a completed job contributes to the table; nothing if it is not, or is of other code or parameters."""
-    path = job.out / f"{job.notebook.stem}.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    if record.get("status") != "completed" or record["key"] != _key(job):
+    record = _completed(job, _key(job))
+    if not record:
         return {}
-    told: dict[str, Any] = {}
-    for report in sorted(job.out.glob("*/report.json")):  # under whatever name it gave itself
-        told |= json.loads(report.read_text())
-    facts = {name: record[name] for name in ("seconds", "python", "torch", "numpy", "gudlib", "commit", "changed")}
-    return record["parameters"] | told | facts
+    facts = {name: record[name] for name in FACTS}
+    row = dict(record["parameters"])
+    for path in record["reports"]:  # under whatever name it gave itself
+        told = _read(job.out / path).items()
+        row |= {f"reported_{name}" if name in record["parameters"] or name in facts else name: x for name, x in told}
+    return row | facts
+
+
+def _writable(frame: DataFrame) -> DataFrame:
+    """The table, with JSON texts in columns whose values a table's column cannot hold together."""
+    for name in (name for name, kind in frame.dtypes.items() if kind.kind == "O"):
+        try:
+            pyarrow.array(frame[name], from_pandas=True)
+        except pyarrow.ArrowException:
+            frame[name] = [json.dumps(value) for value in frame[name]]
+    return frame
 
 
 def _value(default: str) -> Any:

@@ -1,6 +1,12 @@
-"""Drawing images token by token: how many at a time, and with how much guidance."""
+"""Drawing images token by token: how many at a time, in how many steps, and with how much guidance.
+
+References:
+    DiSA: Diffusion Step Annealing in Autoregressive Image Generation, Q. Zhao et al., 2025,
+    https://arxiv.org/abs/2505.20297 (fewer steps of the head for later tokens)
+"""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -38,7 +44,7 @@ def generate(
     n: int,
     generator: torch.Generator,
     steps: int | None = None,
-    head_steps: int = 50,
+    head_steps: int | Sequence[int] = 50,
     method: str = "ancestral",
     temperature: float = 1.0,
     guidance: float = 1.0,
@@ -52,30 +58,34 @@ def generate(
         n: number of images.
         generator: of all randomness.
         steps: of the trunk, R; those of a masked model take tokens as `unmasking` says. Default one token a step.
-        head_steps, method, temperature: as `steps`, `method`, `temperature` of `samplers.sample`.
+        head_steps: of the head for each token, or one number for each step of the trunk.
+        method, temperature: as those of `samplers.sample`.
         guidance: weight w of the label, 1 is without; it grows from 1 with the share of tokens known after the step,
             1 + (w - 1) known / L.
         labels: (n,); default none.
 
     Raises:
-        ValueError: for sizes out of range, several tokens a step of a causal model, guidance without labels, or labels
-            that do not fit.
+        ValueError: for sizes out of range, head_steps for another number of steps, several tokens a step of a causal
+            model, guidance without labels, or labels that do not fit.
     """
     network = model.network
     cuts = unmasking(network.count, network.count if steps is None else steps)
     if network.kind != "masked" and len(cuts) <= network.count:
         raise ValueError(f"a {network.kind} model draws one token a step, steps = {network.count}; got {steps}")
+    each = [head_steps] * (len(cuts) - 1) if isinstance(head_steps, int) else list(head_steps)
+    if len(each) != len(cuts) - 1:
+        raise ValueError(f"head_steps must be one number, or {len(cuts) - 1}, one for each step; got {len(each)}")
     if guidance != 1 and labels is None:
         raise ValueError(f"guidance = {guidance} needs labels")
     check_labels(labels, n, network.classes)
     permutation = permutations(network.kind == "raster", n, network.count, generator)
     tokens = torch.zeros(n, network.count, math.prod(model.basis.shape), device=generator.device)
     process, cache = model.process(schedule), network.trunk.cache()
-    for start, stop in pairwise(cuts):
+    for (start, stop), inner in zip(pairwise(cuts), each, strict=True):
         w = 1 + (guidance - 1) * stop / network.count
         conditional = model.conditional(tokens, permutation, start, stop, labels, w, cache)
         drawn = samplers.sample(
-            conditional, process, n * (stop - start), head_steps, method, generator, temperature=temperature
+            conditional, process, n * (stop - start), inner, method, generator, temperature=temperature
         )
         places = permutation[:, start:stop, None].expand(-1, -1, tokens.shape[-1])
         tokens = tokens.scatter(1, places, drawn.white.float().reshape(places.shape))

@@ -1,8 +1,10 @@
 """Training of an autoregressor: denoising regression for each token, given others."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -14,7 +16,7 @@ from gudlib.mar.model import Autoregressor, Conditioned, check_labels, permutati
 from gudlib.mar.networks import Network
 from gudlib.process import diffuse
 from gudlib.schedules import Schedule
-from gudlib.training import Loop, TrainingConfig
+from gudlib.training import Loop, TrainingConfig, probe
 
 
 def mask_ratio(lowest: float, spread: float, generator: torch.Generator) -> float:
@@ -83,6 +85,9 @@ class MarTrainer(Loop):
             raise ValueError(f"labels must be given if the network has classes, only then; it has {network.classes}")
         check_labels(labels, len(images), network.classes)
         plain = Denoiser(network, model.reference)
+        times = torch.linspace(0, 1, 4, dtype=torch.float64)
+        self._schedule = probe({"gamma": schedule.gamma(times)})
+        self._classes = None if labels is None else hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()
         super().__init__(plain, images, network.image, config, checkpoint)
         self.model, self.schedule = model.to(self.images.device), schedule
         self.labels = None if labels is None else labels.to(self.images.device)
@@ -117,6 +122,9 @@ class MarTrainer(Loop):
         with self.seeded(generator):
             error = (eps - model(diffuse(white, gamma, eps), gamma)).square()
         return self.weighted(error, self.schedule, t), error
+
+    def _header(self) -> dict[str, Any]:
+        return super()._header() | {"schedule": self._schedule, "labels": self._classes}
 
     def averaged(self) -> Autoregressor:
         """A model with the averaged weights, sharing the reference; for sampling."""
