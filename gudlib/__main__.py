@@ -1,4 +1,4 @@
-"""`gudlib run | sweep | refresh | data | doctor`: run notebooks, and see what this machine has for them."""
+"""`gudlib run | sweep | claims | refresh | data | doctor`: run notebooks, see what they found, and what is here."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
     sweep.add_argument("--timeout", type=float, metavar="SECONDS", help=TIMEOUT)
     sweep.set_defaults(command=_sweep)
 
+    found = commands.add_parser("claims", help="show what notebooks claimed, and fail if that is not as expected")
+    found.add_argument("out", nargs="?", type=Path, default=Path("runs/book"), metavar="DIR", help="default: runs/book")
+    found.set_defaults(command=_claims)
+
     refresh = commands.add_parser("refresh", help="execute notebooks in place, before a commit")
     refresh.add_argument("names", nargs="*", metavar="NAME", help="as for run")
     refresh.set_defaults(command=_refresh)
@@ -72,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     import yaml
 
-    from gudlib.book import notebooks, runs
+    from gudlib.book import claims, notebooks, runs
 
     try:
         parameters = (yaml.safe_load(options.f.read_text()) or {}) if options.f else {}
@@ -90,6 +94,8 @@ def _run(options: argparse.Namespace) -> int:
     print(f"\n{'notebook':{width}}  status     minutes  output")
     for result in results:
         print(f"{result.notebook:{width}}  {result.status:9}  {result.seconds / 60:7.1f}  {result.output}")
+    if rows := claims.recorded(options.out):
+        print(f"{claims.counted(rows)}; for their values: gudlib claims {options.out}")
     failed = [result for result in results if result.status == "failed"]
     for result in failed:
         print(f"failed: {result.output}, {result.failure}", file=sys.stderr)
@@ -123,6 +129,20 @@ def _sweep(options: argparse.Namespace) -> int:
     for result in failed:
         print(f"failed: {result.output}, {result.failure}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _claims(options: argparse.Namespace) -> int:
+    from gudlib.book import claims
+
+    rows = claims.recorded(options.out)
+    if not rows:
+        print(f"error: no claims in {options.out / 'claims'}; name the folder of a run", file=sys.stderr)
+        return 2
+    for row in rows:
+        verdict = {True: "holds", False: "fails"}[row["holds"]] + ("" if row["holds"] == row["expected"] else " (!)")
+        print(f"{row['notebook']}  {verdict:9}  {row['value']:<12.6g} {claims.accepted(row):22} {row['name']}")
+    print(claims.counted(rows))
+    return 0 if all(row["holds"] == row["expected"] for row in rows) else 1
 
 
 def _refresh(options: argparse.Namespace) -> int:

@@ -55,6 +55,15 @@ def write_json(path: str | Path, content: Any) -> None:
     write(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object of a file; empty where there is none, or what is there is damaged."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_tensors(path: str | Path, tensors: dict[str, Any], header: dict[str, Any]) -> None:
     """Write named tensors, from whatever device, and a JSON header as one safetensors file."""
     from safetensors.torch import save

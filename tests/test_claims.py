@@ -1,10 +1,14 @@
 """Claims and reports: what a notebook found is kept, in the results folder that was asked for."""
 
 import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
+from gudlib.__main__ import main
 from gudlib.book import claims
 
 
@@ -21,8 +25,47 @@ def test_claims_are_judged_printed_and_kept(tmp_path, monkeypatch, capsys):
         "FAIL  error  (accepted: at most 1)",
     ]
     rows = json.loads((tmp_path / "claims/02.json").read_text())
-    assert rows["gain"] == {"value": 0.3, "low": 0.2, "high": None, "holds": True}
+    assert rows["gain"] == {"value": 0.3, "low": 0.2, "high": None, "holds": True, "expected": True}
     assert not rows["error"]["holds"] and list(tmp_path.iterdir()) == [tmp_path / "claims"]
+
+
+def test_the_command_shows_values_and_fails_where_a_verdict_is_not_the_expected_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GUDLIB_RESULTS", str(tmp_path))
+    claims.claim("02", "a share", 0.4321, 0, 1)
+    claims.claim("05", "a prediction", 0.1, low=0.2, expected=False)
+    capsys.readouterr()
+    assert main(["claims", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["02", "holds", "0.4321", "0", "to", "1", "a", "share"]
+    assert lines[1].split() == ["05", "fails", "0.1", "at", "least", "0.2", "a", "prediction"]
+    assert lines[2] == "1 of 2 claims hold, all as expected"
+    claims.claim("05", "a surprise", 0.3, low=0.2, expected=False)
+    claims.claim("07", "a loss", 3.0, high=2.0)
+    assert main(["claims", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert told.endswith("2 of 4 claims hold, 2 not as expected\n") and told.count("(!)") == 2
+    assert main(["claims", str(tmp_path / "nothing")]) == 2 and "no claims in" in capsys.readouterr().err
+
+
+def claim_many(folder, first):
+    os.environ["GUDLIB_RESULTS"] = folder
+    for k in range(first, first + 40):
+        claims.claim("02", f"number {k}", k)
+
+
+def test_claims_of_several_processes_are_all_kept(tmp_path):
+    with ProcessPoolExecutor(3, get_context("spawn")) as executor:
+        list(executor.map(claim_many, [str(tmp_path)] * 3, [0, 40, 80]))
+    rows = json.loads((tmp_path / "claims/02.json").read_text())
+    assert sorted(row["value"] for row in rows.values()) == list(range(120))
+
+
+def test_a_damaged_file_of_claims_does_not_stop_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("GUDLIB_RESULTS", str(tmp_path))
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims/02.json").write_text('{"half": ')
+    claims.claim("02", "share", 0.4, 0, 1)
+    assert [row["name"] for row in claims.recorded(tmp_path)] == ["share"]
 
 
 def test_a_report_is_kept_and_replaced_as_a_whole(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from gudlib import __version__
 from gudlib.book.notebooks import NO_WIDGETS, QUIET, ThisPython, environment, find, parameters_of
-from gudlib.files import DATA, ROOT, replacing, write, write_json
+from gudlib.files import DATA, ROOT, read_json, replacing, write, write_json
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CELL_TIMEOUT = 6 * 3600  # seconds; a training cell of the gpu profile is the longest that there is
@@ -217,23 +217,14 @@ def _reports(out: Path) -> dict[Path, tuple[int, int, int]]:
     return {path: (state.st_ino, state.st_mtime_ns, state.st_size) for path, state in states.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; empty where there is none, or what is there is damaged."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _completed(job: Job, key: str) -> dict[str, Any]:
     """The record of a job that was completed with this key, if it and its reports are whole; else nothing."""
-    record = _read(job.out / f"{job.notebook.stem}.json")
+    record = read_json(job.out / f"{job.notebook.stem}.json")
     wanted = {"parameters": dict, "seconds": float, "reports": list} | dict.fromkeys(FACTS, object)
     if (record.get("key"), record.get("status")) != (key, "completed"):
         return {}
     whole = all(isinstance(record.get(name), kind) for name, kind in wanted.items())
-    return record if whole and all(_read(job.out / path) for path in record["reports"]) else {}
+    return record if whole and all(read_json(job.out / path) for path in record["reports"]) else {}
 
 
 def _set_aside(folder: Path) -> None:
@@ -402,7 +393,7 @@ def _row(job: Job) -> dict[str, Any]:
     facts = {name: record[name] for name in FACTS}
     row = dict(record["parameters"])
     for path in record["reports"]:  # under whatever name it gave itself
-        told = _read(job.out / path).items()
+        told = read_json(job.out / path).items()
         row |= {f"reported_{name}" if name in record["parameters"] or name in facts else name: x for name, x in told}
     return row | facts
 
