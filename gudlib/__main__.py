@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sweep.add_argument("file", type=Path, metavar="FILE", help="the grid, YAML")
-    sweep.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="at a time; default: one a core")
+    sweep.add_argument("--jobs", type=int, metavar="N", help="at a time; default: one for each core that may be used")
     sweep.add_argument("--out", type=Path, metavar="DIR", help="default: runs/ and the name of FILE")
     sweep.add_argument("--fresh", action="store_true", help=FRESH)
     sweep.add_argument("--timeout", type=float, metavar="SECONDS", help=TIMEOUT)
@@ -86,10 +85,10 @@ def _run(options: argparse.Namespace) -> int:
             raise ValueError(f"--jobs must be at least 1; got {options.jobs}")
         paths, parameters = notebooks.find(options.names), parameters | dict(options.p)
         jobs = runs.plan(paths, options.out.resolve(), parameters, options.profile, options.fresh, *_seconds(options))
+        results = runs.run(jobs, options.jobs)
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    results = runs.run(jobs, options.jobs)
     width = max(len(result.notebook) for result in results)
     print(f"\n{'notebook':{width}}  status     minutes  output")
     for result in results:
@@ -115,15 +114,16 @@ def _sweep(options: argparse.Namespace) -> int:
         grid = yaml.safe_load(options.file.read_text())
         if not isinstance(grid, dict):
             raise ValueError(f"{options.file} holds no lines `name: value`")
-        if options.jobs < 1:
-            raise ValueError(f"--jobs must be at least 1; got {options.jobs}")
+        workers = runs.cores() if options.jobs is None else options.jobs
+        if workers < 1:
+            raise ValueError(f"--jobs must be at least 1; got {workers}")
         out = (options.out or Path("runs") / options.file.stem).resolve()
         jobs = runs.points(grid, out, options.fresh, *_seconds(options))
+        table = out / f"{options.file.stem}.parquet"
+        results, rows = runs.sweep(jobs, table, workers)
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    table = out / f"{options.file.stem}.parquet"
-    results, rows = runs.sweep(jobs, table, options.jobs)
     failed = [result for result in results if result.status == "failed"]
     print(f"\n{len(rows)} rows in {table}, {len(failed)} failed")
     for result in failed:

@@ -117,7 +117,7 @@ def test_kernels_are_of_this_python_and_know_time_figures_letters_and_folders(tm
         command(plain, slow, "--timeout", "2", "--out", tmp_path / "out"),
         capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path, env=os.environ | odd | {"PYTHONUTF8": "0"},
     )  # fmt: skip
-    assert done.returncode == 1 and "cell [3] `import time`: longer than the timeout of 2 seconds" in done.stderr
+    assert done.returncode == 1 and "cell [2] `import time`: longer than the timeout of 2 seconds" in done.stderr
     [told] = [o.text for c in nbformat.read(tmp_path / "out/plain.ipynb", 4).cells for o in c.get("outputs", ())]
     assert told.split() == ["inline", sys.executable, "γ", str(tmp_path / "sets")]
 
@@ -555,6 +555,40 @@ def test_a_point_depends_on_what_lies_beside_it_and_on_the_data(tmp_path, monkey
     assert pretend.sweep((1,))[0] == ["completed"]
 
 
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path, capsys, pretend):
+    pretend.sweep((1,))
+    (tmp_path / "grid.yaml").write_text(f"notebook: {tmp_path}/a.ipynb\ngrids: [{{steps: [1]}}]\n")
+    with runs._alone({tmp_path / "out"}):
+        with pytest.raises(ValueError, match=f"another run writes to {tmp_path}/out: wait for its end, or give"):
+            pretend.sweep((1,))
+        assert __main__.main(["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out"), "--jobs", "1"]) == 2
+        assert __main__.main(["run", str(tmp_path / "a.ipynb"), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("error: another run writes to") == 2
+    assert pretend.sweep((1,))[0] == ["skipped"]
+
+
+def test_what_changed_while_a_sweep_ran_is_kept_said_and_done_again(tmp_path, pretend):
+    def report(parameters):
+        if parameters["steps"] == 2:
+            write(tmp_path / "a.ipynb", "# changed")
+        return {"square": parameters["steps"] ** 2}
+
+    pretend.report = report
+    with pytest.warns(UserWarning, match="code or data changed meanwhile: 2 rows are of before; sweep again"):
+        status, frame, _ = pretend.sweep()
+    assert status == ["completed"] * 3 and frame.square.tolist() == [1, 4, 9]
+    assert pretend.sweep()[2] == [1, 2]
+
+
+def test_cores_are_those_that_the_process_may_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5, 6}, raising=False)
+    assert runs.cores() == 4
+    for text, expected in (("max 100000", 4), ("150000 100000", 2), ("900000 100000", 4), ("1000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert runs.cores() == expected
+
+
 def test_defaults_and_reports_keep_their_kinds(tmp_path, pretend):
     lines = "steps: int = 2\nrate: float = 1e-3\nname: str = 'x'\nloud: bool = False\nsizes: list[float] = []"
     write(tmp_path / "a.ipynb", parameters=f"{lines}\nbig: int = 60_000\nsquare: int = 2 ** 3")
@@ -697,3 +731,29 @@ def test_a_sweep_that_was_killed_or_interrupted_goes_on_with_the_rest(tmp_path, 
     shown = capsys.readouterr().out
     assert f"{first.out.name} skipped" in shown and f"{second.out.name} completed" in shown
     assert read(table).square.tolist() == [1, 4] and (first.out / "a.json").stat().st_mtime_ns == written
+
+
+def test_runs_start_from_a_thread_too(tmp_path):
+    jobs = runs.plan([write(tmp_path / "a.ipynb", "print('steps', steps)")], tmp_path / "out", {"steps": 7})
+    with ThreadPoolExecutor() as executor:
+        results = executor.submit(runs.run, jobs).result()
+    assert [result.status for result in results] == ["completed"]
+    assert "steps 7" in (tmp_path / "out/a.ipynb").read_text()
+
+
+def test_workers_and_kernels_end_with_the_process_that_started_them(tmp_path):
+    slow = f"import time\nwith open({str(tmp_path / 'log')!r}, 'a') as log:\n    print(steps, file=log)\ntime.sleep(60)"
+    write(tmp_path / "a.ipynb", slow)
+    (tmp_path / "grid.yaml").write_text(f"notebook: {tmp_path}/a.ipynb\ngrids: [{{steps: [1, 2, 3]}}]\n")
+    arguments = [tmp_path / "grid.yaml", "--jobs", "1", "--out", tmp_path / "out"]
+    marked = os.environ | {"GUDLIB_TEST": str(tmp_path)}
+    main = subprocess.Popen(command(*arguments, name="sweep"), env=marked, stderr=subprocess.DEVNULL)
+    try:
+        wait_for((tmp_path / "log").is_file)
+        main.kill()
+        main.wait()
+        wait_for(lambda: not family(tmp_path))
+        assert len((tmp_path / "log").read_text().splitlines()) == 1
+    finally:
+        for number in family(tmp_path):
+            os.kill(number, signal.SIGKILL)

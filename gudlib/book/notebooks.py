@@ -14,10 +14,10 @@ from pathlib import Path
 
 import nbclient
 import nbformat
-import papermill
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbformat import NotebookNode
+from papermill.translators import PythonTranslator
 
 from gudlib.files import IN_REPOSITORY, NOTEBOOKS, replacing, with_repository, write
 
@@ -84,8 +84,8 @@ def parameters_of(notebook: Path) -> dict[str, tuple[str, str]]:
         ValueError: for a line of that cell that is no `name: type = default`; it gives the line.
     """
     cells = [cell for cell in nbformat.read(notebook, 4).cells if "parameters" in cell.metadata.get("tags", ())]
-    found = papermill.inspect_notebook(notebook) if cells else {}
-    declared = {name: (entry["inferred_type_name"], entry["default"]) for name, entry in found.items()}
+    found = PythonTranslator.inspect(cells[0]) if cells else []  # not inspect_notebook: it asks for a kernelspec
+    declared = {each.name: (each.inferred_type_name, each.default) for each in found}
     for line in cells[0].source.splitlines() if cells else ():
         code = line.partition("#")[0]
         hint = declared.get(code.partition(":")[0].strip(), ("None", ""))[0]

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -19,10 +20,12 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import RLock
@@ -32,8 +35,10 @@ from typing import Any
 import nbconvert
 import nbformat
 import papermill
+import psutil
 import pyarrow
 import yaml
+from filelock import FileLock, Timeout
 from nbclient.exceptions import CellTimeoutError
 from pandas import DataFrame
 from papermill.clientwrap import PapermillNotebookClient
@@ -48,6 +53,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 CELL_TIMEOUT = 6 * 3600  # seconds; a training cell of the gpu profile is the longest that there is
 
 LARGE = 2**28  # bytes of a file that is known by its size and date alone
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of the control group, if there is one
 FACTS = ("seconds", "python", "torch", "numpy", "gudlib", "commit", "changed")  # of a record, for a row
 
 _bar: dict[str, Any] = {"disable": True}  # over cells: shown by the processes of `run`, each on a line of its own
@@ -217,11 +223,11 @@ def _reports(out: Path) -> dict[Path, tuple[int, int, int]]:
     return {path: (state.st_ino, state.st_mtime_ns, state.st_size) for path, state in states.items()}
 
 
-def _completed(job: Job, key: str) -> dict[str, Any]:
-    """The record of a job that was completed with this key, if it and its reports are whole; else nothing."""
+def _completed(job: Job, key: str | None) -> dict[str, Any]:
+    """The record of a job that was completed, with this key if one is given, if it and its reports are whole."""
     record = read_json(job.out / f"{job.notebook.stem}.json")
     wanted = {"parameters": dict, "seconds": float, "reports": list} | dict.fromkeys(FACTS, object)
-    if (record.get("key"), record.get("status")) != (key, "completed"):
+    if record.get("status") != "completed" or (key is not None and record.get("key") != key):
         return {}
     whole = all(isinstance(record.get(name), kind) for name, kind in wanted.items())
     return record if whole and all(read_json(job.out / path) for path in record["reports"]) else {}
@@ -310,8 +316,12 @@ def run(jobs: Sequence[Job], workers: int = 1) -> list[Result]:
     """Run jobs in `workers` processes that share the cores, with a bar over notebooks and one each over cells.
 
     An interrupt ends the workers and their kernels, then raises; the same jobs run again continue.
+
+    Raises:
+        ValueError: if another run or sweep is writing to one of their folders.
     """
-    return _gather(jobs, workers, None, lambda job: job.notebook.stem, lambda job: None)
+    with _alone({job.out for job in jobs}):
+        return _gather(jobs, workers, None, lambda job: job.notebook.stem, lambda job: None)
 
 
 def sweep(
@@ -329,20 +339,38 @@ def sweep(
         table: the parquet file.
         workers: processes on this machine.
         executor: where to run them instead, on machines that share the folder; any of `concurrent.futures`.
+
+    Raises:
+        ValueError: if another run or sweep is writing to the table's folder.
     """
     rows: dict[Path, dict[str, Any]] = {}
 
-    def keep(done: Iterable[Job]) -> DataFrame:
-        rows.update({job.out: _row(job) for job in done})
+    def keep(done: Iterable[Job], mine: bool = True) -> DataFrame:
+        rows.update({job.out: _row(job, None if mine else _key(job)) for job in done})
         frame = _writable(DataFrame([rows[job.out] for job in jobs if rows.get(job.out)]))
         with replacing(table) as draft:
             frame.to_parquet(draft, index=False)
         return frame
 
-    table.parent.mkdir(parents=True, exist_ok=True)
-    keep(job for job in jobs if not job.fresh)
-    results = _gather(jobs, workers, executor, lambda job: job.out.name, lambda job: keep([job]))
-    return results, keep([])
+    with _alone({table.parent}):
+        keep((job for job in jobs if not job.fresh), mine=False)
+        results = _gather(jobs, workers, executor, lambda job: job.out.name, lambda job: keep([job]))
+        if stale := sum(bool(rows.get(job.out)) and not _row(job, _key(job)) for job in jobs):
+            warnings.warn(f"code or data changed meanwhile: {stale} rows are of before; sweep again", stacklevel=2)
+        return results, keep([])
+
+
+@contextmanager
+def _alone(folders: Iterable[Path]) -> Iterator[None]:
+    """A block in which no other process that asks for it writes to these folders; a lock lies beside each."""
+    with ExitStack() as stack:
+        for folder in sorted(folders):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(FileLock(folder.parent / f".{folder.name}.lock", timeout=0))
+            except Timeout:
+                raise ValueError(f"another run writes to {folder}: wait for its end, or give another folder") from None
+        yield
 
 
 def points(grid: Mapping[str, Any], out: Path, fresh: bool = False, timeout: float = CELL_TIMEOUT) -> list[Job]:
@@ -385,9 +413,9 @@ def points(grid: Mapping[str, Any], out: Path, fresh: bool = False, timeout: flo
     return list(jobs.values())
 
 
-def _row(job: Job) -> dict[str, Any]:
-    """What a completed job contributes to the table; nothing if it is not, or is of other code or parameters."""
-    record = _completed(job, _key(job))
+def _row(job: Job, key: str | None) -> dict[str, Any]:
+    """What a completed job contributes to the table; nothing if it is not, or if it is not of a key that is given."""
+    record = _completed(job, key)
     if not record:
         return {}
     facts = {name: record[name] for name in FACTS}
@@ -424,22 +452,25 @@ def _gather(
     done: Callable[[Job], Any],
 ) -> list[Result]:
     """The jobs' results, in their order; `done` is called with each job that is finished."""
-    ours = None
+    own, main = executor is None, threading.current_thread() is threading.main_thread()
     if executor is None:
         context = multiprocessing.get_context("spawn")
         lines, lock = context.SimpleQueue(), context.RLock()
         for line in range(1, workers + 1):
             lines.put(line)
         tqdm.set_lock(lock)
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit this: to stop them is up to us
+        threads = max(1, cores() // max(1, min(workers, len(jobs))))
         executor = ProcessPoolExecutor(workers, context, _start_worker, (lines, lock, threads))
     results: dict[int, Result] = {}
-    own = executor if ours is not None else nullcontext()
-    with own, tqdm(total=len(jobs), desc="notebooks", unit="notebook", disable=None) as bar:
+    with (
+        executor if own else nullcontext(),
+        tqdm(total=len(jobs), desc="notebooks", unit="notebook", disable=None) as bar,
+    ):
+        # Workers inherit that they ignore an interrupt: to stop them is up to us
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if own and main else None
         futures: dict[Future, int] = {executor.submit(run_job, job): number for number, job in enumerate(jobs)}
-        if ours is not None:
-            signal.signal(signal.SIGINT, ours)
+        if own and main:
+            signal.signal(signal.SIGINT, before)
         try:
             for future in as_completed(futures):
                 job, error = jobs[futures[future]], future.exception()  # an error: the worker was killed
@@ -450,7 +481,7 @@ def _gather(
                 done(job)
         except KeyboardInterrupt:
             executor.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children() if ours is not None else ():
+            for worker in multiprocessing.active_children() if own else ():
                 worker.terminate()
             raise
     return [results[number] for number in range(len(jobs))]
@@ -461,3 +492,23 @@ def _start_worker(lines: SimpleQueue, lock: RLock, threads: int) -> None:
     _bar.update(disable=None, position=lines.get())
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ["TQDM_DISABLE"] = "1"  # in the kernels, that is: this process read it on importing tqdm
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Stop this worker, and its kernels, once the process that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.kill()
+    os._exit(1)
+
+
+def cores() -> int:
+    """How many cores this process may use, by its affinity and its control group."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no such file, or `max`
+        quota, period = CPU_MAX.read_text().split()
+        allowed = min(allowed, math.ceil(int(quota) / int(period)))
+    return max(1, allowed)
