@@ -40,6 +40,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with open(draft, "rb") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except OSError as error:  # a full disk, say, of which the system names no file
+        if error.filename in (None, str(draft)) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         draft.unlink(missing_ok=True)
 

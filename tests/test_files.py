@@ -1,8 +1,10 @@
 """Files are written whole or not at all, by however many writers, and read as they were written."""
 
+import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +76,18 @@ def test_what_is_no_file_of_ours_is_named(tmp_path, content):
         files.read_tensors(tmp_path / "other")
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*nothing"):
         files.read_tensors(tmp_path / "nothing")
+
+
+def test_a_full_disk_is_told_by_the_files_name_and_leaves_no_draft(tmp_path, monkeypatch):
+    path = tmp_path / "kept.json"
+    files.write_json(path, {"a": 1})
+
+    def full(draft, content):
+        draft.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*kept.json'") as raised:
+        files.write_json(path, {"a": 2})
+    assert raised.value.errno == errno.ENOSPC
+    assert files.read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]

@@ -40,6 +40,7 @@ import pyarrow
 import yaml
 from filelock import FileLock, Timeout
 from nbclient.exceptions import CellTimeoutError
+from nbformat.reader import NotJSONError
 from pandas import DataFrame
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
@@ -198,12 +199,18 @@ def run_job(job: Job) -> Result:
         error = caught
     if isinstance(error, CellTimeoutError):
         error = TimeoutError(f"longer than the timeout of {job.timeout:g} seconds")
-    failure = _failure(partial, error)
-    if partial.is_file():
-        html = nbconvert.HTMLExporter().from_filename(str(partial))[0]
-        html = html.replace('href="../README.md"', f'href="{(ROOT / "README.md").as_uri()}"')
-        write(page, re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', html))
-        os.replace(partial, output)
+    failure = ""
+    try:
+        failure = _failure(partial, error)
+        if partial.is_file():
+            html = nbconvert.HTMLExporter().from_filename(str(partial))[0]
+            html = html.replace('href="../README.md"', f'href="{(ROOT / "README.md").as_uri()}"')
+            write(page, re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', html))
+            os.replace(partial, output)
+    except (OSError, NotJSONError) as caught:  # a full disk: half a notebook, or no page
+        failure = failure or str(error or caught)
+    finally:
+        partial.unlink(missing_ok=True)
     result = Result(name, "failed" if failure else "completed", time.perf_counter() - start, output, failure)
     facts = {"output": output.name, "parameters": dict(job.parameters), "key": key, "python": platform.python_version()}
     facts |= {package: importlib.metadata.version(package) for package in ("torch", "numpy")}
