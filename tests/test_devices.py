@@ -1038,6 +1038,7 @@ def use_mar_trainer(d, kind):
 
 
 PROBES |= {
+    "training.probe": lambda d: training.probe({"x": normals(d)}),
     "training.Trainer: told the time": lambda d: train(d, told_time()),
     "training.Trainer: all that can be": lambda d: train(d, rich_trainer()),
     "mar.training.MarTrainer: no labels": lambda d: train(d, mar_trainer_of("random", 0)),
