@@ -85,11 +85,10 @@ class MarTrainer(Loop):
             raise ValueError(f"labels must be given if the network has classes, only then; it has {network.classes}")
         check_labels(labels, len(images), network.classes)
         plain = Denoiser(network, model.reference)
-        times = torch.linspace(0, 1, 4, dtype=torch.float64)
-        self._schedule = probe({"gamma": schedule.gamma(times)})
+        self.schedule = schedule
         self._classes = None if labels is None else hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()
         super().__init__(plain, images, network.image, config, checkpoint)
-        self.model, self.schedule = model.to(self.images.device), schedule
+        self.model = model.to(self.images.device)
         self.labels = None if labels is None else labels.to(self.images.device)
 
     def loss(self, index: int) -> tuple[Tensor, Tensor]:
@@ -124,7 +123,8 @@ class MarTrainer(Loop):
         return self.weighted(error, self.schedule, t), error
 
     def _header(self) -> dict[str, Any]:
-        return super()._header() | {"schedule": self._schedule, "labels": self._classes}
+        gamma = self.schedule.gamma(torch.linspace(0, 1, 4, dtype=torch.float64))
+        return super()._header() | {"schedule": probe({"gamma": gamma}), "labels": self._classes}
 
     def averaged(self) -> Autoregressor:
         """A model with the averaged weights, sharing the reference; for sampling."""
