@@ -113,10 +113,10 @@ def test_kernels_are_of_this_python_and_know_time_figures_letters_and_folders(tm
     spec.mkdir(parents=True)
     (spec / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "x", "language": "python"}')
     odd = {"MPLBACKEND": "Agg", "LC_ALL": "C", "GUDLIB_DATA": "sets", "JUPYTER_PATH": str(tmp_path / "jupyter")}
-    done = subprocess.run(
-        command(plain, slow, "--timeout", "2", "--out", tmp_path / "out"),
-        capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path, env=os.environ | odd | {"PYTHONUTF8": "0"},
-    )  # fmt: skip
+    odd = os.environ | odd | {"PYTHONUTF8": "0"}
+    shared = {"capture_output": True, "text": True, "timeout": PATIENCE, "cwd": tmp_path, "env": odd}
+    assert subprocess.run(command(plain, "--out", tmp_path / "out"), **shared).returncode == 0
+    done = subprocess.run(command(slow, "--timeout", "2", "--out", tmp_path / "out"), **shared)  # a time of its own
     assert done.returncode == 1 and "cell [2] `import time`: longer than the timeout of 2 seconds" in done.stderr
     [told] = [o.text for c in nbformat.read(tmp_path / "out/plain.ipynb", 4).cells for o in c.get("outputs", ())]
     assert told.split()[0].endswith("inline") and told.split()[1:] == [sys.executable, "γ", str(tmp_path / "sets")]
