@@ -75,16 +75,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     import yaml
 
-    from gudlib.book import claims, notebooks, runs
+    from gudlib.book import claims, notebooks, parameters, runs
 
     try:
-        parameters = (yaml.safe_load(options.f.read_text()) or {}) if options.f else {}
-        if not isinstance(parameters, dict):
+        given = (parameters.load(options.f.read_text(encoding="utf-8")) or {}) if options.f else {}
+        if not isinstance(given, dict):
             raise ValueError(f"{options.f} holds no lines `name: value`")
         if options.jobs < 1:
             raise ValueError(f"--jobs must be at least 1; got {options.jobs}")
-        paths, parameters = notebooks.find(options.names), parameters | dict(options.p)
-        jobs = runs.plan(paths, options.out.resolve(), parameters, options.profile, options.fresh, *_seconds(options))
+        paths, given = notebooks.find(options.names), given | dict(options.p)
+        jobs = runs.plan(paths, options.out.resolve(), given, options.profile, options.fresh, *_seconds(options))
         results = runs.run(jobs, options.jobs)
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -108,10 +108,10 @@ def _seconds(options: argparse.Namespace) -> list[float]:
 def _sweep(options: argparse.Namespace) -> int:
     import yaml
 
-    from gudlib.book import runs
+    from gudlib.book import parameters, runs
 
     try:
-        grid = yaml.safe_load(options.file.read_text())
+        grid = parameters.load(options.file.read_text(encoding="utf-8"))
         if not isinstance(grid, dict):
             raise ValueError(f"{options.file} holds no lines `name: value`")
         workers = runs.cores() if options.jobs is None else options.jobs

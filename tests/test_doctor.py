@@ -45,7 +45,8 @@ def test_a_sound_project_is_all_well(project):
         "data fashion_mnist: embedded",
         "data/checkpoints/small.safetensors is intact",
         "data/fashion_mnist/train.parquet is intact",
-        "jupyter kernel python3 found",
+        "a kernel starts and imports this gudlib",
+        "JupyterLab opens notebooks with this Python",
         "the hub is switched off by HF_HUB_OFFLINE",
     ):
         assert line in lines
@@ -80,3 +81,18 @@ def test_a_data_folder_that_is_none_is_named(project):
     code, lines = doctor(project, GUDLIB_DATA=str(project / "nowhere"))
     assert code == 1
     assert lines[f"BROKEN: GUDLIB_DATA={project}/nowhere is not a folder"].startswith("unset GUDLIB_DATA")
+
+
+def test_what_a_run_and_jupyterlab_would_meet_is_said(project):
+    spec = project / "jupyter/kernels/python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "x", "language": "python"}')
+    (project / "ipykernel_launcher.py").write_text("raise SystemExit(1)")
+    odd = {"JUPYTER_PATH": str(project / "jupyter"), "HF_ENDPOINT": "hub.example", "HF_HUB_OFFLINE": "0"}
+    code, lines = doctor(project, **odd)
+    assert code == 1 and "3 broken" in lines
+    assert lines[
+        f"BROKEN: a kernel of {sys.executable} can't import gudlib: Kernel died before replying to kernel_info"
+    ]
+    assert lines[f"BROKEN: JupyterLab opens notebooks with /nowhere/python, not with {sys.executable}"]
+    assert lines["BROKEN: HF_ENDPOINT=hub.example is no address"] == "export HF_ENDPOINT=https://hub.example"

@@ -24,7 +24,7 @@ REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT[
 # A module may import those before it. Leaves import none; siblings don't know one another.
 ORDER = """files devices lattice statistics bases priors schedules families process exact zoo networks data importance
     likelihood references denoiser training samplers windows baselines metrics mar.networks mar.model
-    mar.training mar.sampling mar.likelihood mar designs plotting model book book.claims book.notebooks
+    mar.training mar.sampling mar.likelihood mar designs plotting model book book.claims book.parameters book.notebooks
     book.runs book.doctor __main__""".split()
 LEAVES = {"files", "devices", "lattice", "statistics", "schedules", "networks", "book"}
 SIBLINGS = {"training", "samplers", "likelihood"}

@@ -59,7 +59,8 @@ def gudlib(*arguments: object, name: str = "run") -> subprocess.CompletedProcess
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess, Path]:
     """One run of a good notebook, a failing one, one that exits, one whose kernel dies."""
-    folder = tmp_path_factory.mktemp("outcomes")
+    folder = tmp_path_factory.mktemp("outcomes") / "{steps}"  # papermill takes such paths for templates
+    folder.mkdir()
     write(folder / "good.ipynb", "print(steps, rate, name, sizes)", "import os; print(os.getcwd())")
     write(folder / "raises.ipynb", "x = 1", "# the bad cell\n1 / 0", "print('after')")
     write(folder / "exits.ipynb", "import sys\nsys.exit(0)", "print('after')")
@@ -99,6 +100,20 @@ def test_results_lie_in_the_output_folder_with_a_record(outcomes):
     assert record["status"] == "completed" and record["seconds"] > 0
     assert {"torch", "numpy", "python", "commit", "changed"} < {*record} and record["gudlib"] == version
     assert json.loads((folder / "out/raises.json").read_text())["status"] == "failed"
+
+
+def test_an_expected_error_is_none_and_a_long_line_is_kept(tmp_path):
+    expected = nbformat.v4.new_code_cell("1 / 0", metadata={"tags": ["raises-exception"]})
+    for name, last in (("good", "print('y' * 3_000_000)\nprint('half\\rwhole')"), ("bad", "# here\n[][0]")):
+        content = nbformat.read(write(tmp_path / f"{name}.ipynb", last), 4)
+        content.cells.insert(2, expected)
+        nbformat.write(content, tmp_path / f"{name}.ipynb")
+    good, bad = (runs.run_job(runs.Job(tmp_path / f"{name}.ipynb", tmp_path / "out")) for name in ("good", "bad"))
+    assert good.status == "completed" and not good.failure
+    assert bad.failure == "cell [3] `# here`: IndexError: list index out of range"
+    *_, fails, long = nbformat.read(good.output, 4).cells
+    assert fails.outputs[0].ename == "ZeroDivisionError" and "papermill-error" not in good.output.read_text()
+    assert long.outputs[0].text == "y" * 3_000_000 + "\nwhole\n"
 
 
 def test_kernels_are_of_this_python_and_know_time_figures_letters_and_folders(tmp_path):
@@ -143,14 +158,14 @@ def test_done_is_skipped_until_notebook_or_parameters_change(tmp_path):
     ("name", "value", "complaint"),
     [
         ("stps", "3", "unknown parameter stps"),
-        ("steps", "3.5", "3.5 is not int"),
-        ("steps", "true", "True is not int"),
-        ("rate", "fast", "could not convert string to float: 'fast'"),
+        ("steps", "3.5", "'3.5' is not int"),
+        ("steps", "true", "'true' is not int"),
+        ("rate", "fast", "'fast' is not float"),
         ("rate", True, "True is not float"),
         ("name", 7, "7 is not str"),
-        ("loud", "1", "1 is not bool"),
-        ("sizes", "[1, a]", "could not convert string to float: 'a'"),
-        ("sizes", "3", "3 is not list[float]"),
+        ("loud", "2", "'2' is not bool"),
+        ("sizes", "[1, a]", "'[1, a]' is not list[float]"),
+        ("sizes", "3", "'3' is not list[float]"),
         ("steps", "[", "mistyped parameter of a"),
     ],
 )
@@ -169,12 +184,10 @@ def test_each_notebook_gets_the_parameters_that_it_declares(tmp_path):
     assert [job.parameters for job in jobs] == [{"profile": "gpu"}, {"steps": 3}]
 
 
-@pytest.mark.parametrize("line", ["steps = 2", "steps: int = other = 2", "import os", "rate: float = f(x=1)"])
-def test_a_line_that_is_no_parameter_is_named(tmp_path, line):
-    path = write(tmp_path / "a.ipynb", parameters=f"seed: int = 0\n\n# sizes\n{line}")
-    with pytest.raises(ValueError, match="a.ipynb: not a parameter of the form") as refused:
+def test_a_line_that_is_no_parameter_is_named_with_its_notebook(tmp_path):
+    path = write(tmp_path / "a.ipynb", parameters="seed: int = 0\n\n# sizes\nsteps = 2")
+    with pytest.raises(ValueError, match="a.ipynb: not a parameter of the form .*: steps = 2$"):
         notebooks.parameters_of(path)
-    assert str(refused.value).endswith(line)
 
 
 def test_wrong_requests_exit_2_and_name_what_there_is(tmp_path):
@@ -294,9 +307,9 @@ BAD_GRIDS = [
     ("grids: [{stps: [1]}]", "unknown parameter stps; accepted are:\n  a: steps: int = 2, rate: float = 1e-3"),
     ("grids: [{steps: [1]}, {stps: [1]}]", "unknown parameter stps; accepted are:\n  a: steps: int = 2"),
     ("grids: [{1: [1]}]", "unknown parameter 1; accepted are:\n  a: steps: int = 2"),
-    ("grids: [{steps: [1, 2.5]}]", "mistyped parameter of a: 2.5 is not int; accepted are:"),
-    ("grids: [{sizes: [0.0, 1.0]}]", "mistyped parameter of a: 0.0 is not list[float]; accepted are:"),
-    ("parameters: {loud: 3}\ngrids: [{steps: [1]}]", "mistyped parameter of a: 3 is not bool; accepted are:"),
+    ("grids: [{steps: [1, 2.5]}]", "mistyped parameter of a: '2.5' is not int (steps); accepted are:"),
+    ("grids: [{sizes: [0.0, 1.0]}]", "mistyped parameter of a: '0.0' is not list[float] (sizes); accepted are:"),
+    ("parameters: {loud: 3}\ngrids: [{steps: [1]}]", "mistyped parameter of a: '3' is not bool (loud); accepted are:"),
     ("parameters: [steps]\ngrids: [{steps: [1]}]", "`parameters` must be a mapping from parameters to values; got ["),
     ("grids: [{rate: [0.1], steps: []}]", "no values for steps"),
     ("grids: []", "`grids` must be a list of mappings from parameters to lists of values; got []"),

@@ -10,13 +10,15 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import sys
 import tomllib
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from gudlib.files import CHECKPOINTS, DATA, IN_REPOSITORY, ROOT, with_repository
+from gudlib.files import CHECKPOINTS, DATA, IN_REPOSITORY, NOTEBOOKS, PACKAGE, ROOT, with_repository
 
+PATIENCE = 120  # seconds that a kernel may take to start and to import gudlib
 INSTALL = "remove .venv and run make venv; without make: pip install -c constraints.txt -e '.[test]'"
 
 
@@ -68,11 +70,27 @@ def device() -> Iterator[tuple[str, str]]:
 
 
 def kernel() -> Iterator[tuple[str, str]]:
-    """The kernel that the notebooks name."""
-    from jupyter_client.kernelspec import find_kernel_specs
+    """A kernel as runs start it, which imports gudlib; and what JupyterLab would start."""
+    import nbformat
+    from jupyter_client.kernelspec import KernelSpecManager
+    from nbclient.exceptions import CellControlSignal
 
-    found = "python3" in find_kernel_specs()
-    yield f"jupyter kernel python3 {'found' if found else 'missing'}", "" if found else INSTALL
+    from gudlib.book import notebooks
+
+    asked = f"import gudlib\nfrom pathlib import Path\nprint(Path(gudlib.__file__).parent == Path({str(PACKAGE)!r}))"
+    content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(asked)])
+    try:
+        notebooks.execute(content, NOTEBOOKS if NOTEBOOKS.is_dir() else Path.cwd(), PATIENCE)
+    except (CellControlSignal, RuntimeError) as error:  # it failed, was slower than our patience, or did not start
+        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        yield f"a kernel of {sys.executable} can't import gudlib: {last}", INSTALL
+    else:
+        mine = content.cells[0].outputs[0].text.strip() == "True"
+        yield f"a kernel starts and imports {'this' if mine else 'another'} gudlib", "" if mine else INSTALL
+    python = KernelSpecManager().get_kernel_spec("python3").argv[0]
+    same = Path(python).name == python or Path(python).parent == Path(sys.executable).parent
+    told = f"JupyterLab opens notebooks with {'this Python' if same else f'{python}, not with {sys.executable}'}"
+    yield told, "" if same else f"{sys.executable} -m ipykernel install --sys-prefix, and look at JUPYTER_PATH"
 
 
 def image_sets() -> Iterator[tuple[str, str]]:
@@ -85,6 +103,8 @@ def image_sets() -> Iterator[tuple[str, str]]:
     if own and not Path(own).is_dir():
         yield f"GUDLIB_DATA={own} is not a folder", "unset GUDLIB_DATA, or make it the folder of your image sets"
         return
+    if not config.HF_ENDPOINT.startswith(("https://", "http://")):
+        yield f"HF_ENDPOINT={config.HF_ENDPOINT} is no address", f"export HF_ENDPOINT=https://{config.HF_ENDPOINT}"
     hub = "can't be reached"
     try:
         if config.HF_HUB_OFFLINE:
@@ -92,7 +112,7 @@ def image_sets() -> Iterator[tuple[str, str]]:
         else:
             urllib.request.urlopen(config.HF_ENDPOINT, timeout=3).close()
             hub = "can be reached"
-    except OSError:
+    except (OSError, ValueError):  # no network, or no address
         pass
     yield f"the hub {hub}", ""
     for name in data.KNOWN:

@@ -6,20 +6,23 @@ the next time: two refreshes write the same bytes, so a diff shows what really c
 
 from __future__ import annotations
 
+import atexit
 import base64
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nbclient
 import nbformat
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbformat import NotebookNode
-from papermill.translators import PythonTranslator
 
-from gudlib.files import IN_REPOSITORY, NOTEBOOKS, replacing, with_repository, write
+from gudlib.book.parameters import Parameter, declared
+from gudlib.files import IN_REPOSITORY, NOTEBOOKS, PACKAGE, replacing, with_repository, write
 
 PICTURE = NOTEBOOKS / "figures" / "overview.png"
 # Of the kernels in refresh and test alike: one thread gives the same digits again, bars would be stored as text.
@@ -33,6 +36,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
 }
+OVERWRITTEN = re.compile(r"^.*\r(?=[^\n])", re.M)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -47,8 +51,9 @@ class ThisPython(AsyncKernelManager):
 
 
 def environment() -> dict[str, str]:
-    """Of kernels: this process's, with figures in the notebook, UTF-8, and absolute folders."""
-    pinned = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONUTF8": "1"}
+    """Of kernels: this process's, with this gudlib, figures in the notebook, UTF-8, and absolute folders."""
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    pinned = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONUTF8": "1", "PYTHONPATH": path}
     given = (name for name in ("GUDLIB_DATA", "GUDLIB_RESULTS") if os.environ.get(name))
     return {**os.environ, **pinned, **{name: str(Path(os.environ[name]).resolve()) for name in given}}
 
@@ -77,21 +82,17 @@ def find(names: Sequence[str] = ()) -> list[Path]:
     return [path.resolve() for path in paths]
 
 
-def parameters_of(notebook: Path) -> dict[str, tuple[str, str]]:
-    """(type, default) of every parameter that the cell tagged `parameters` declares, as written there.
+def parameters_of(notebook: Path) -> dict[str, Parameter]:
+    """What the cell tagged `parameters` declares, by name.
 
     Raises:
-        ValueError: for a line of that cell that is no `name: type = default`; it gives the line.
+        ValueError: for a line of that cell that declares none (`parameters.declared`); it gives the line.
     """
     cells = [cell for cell in nbformat.read(notebook, 4).cells if "parameters" in cell.metadata.get("tags", ())]
-    found = PythonTranslator.inspect(cells[0]) if cells else []  # not inspect_notebook: it asks for a kernelspec
-    declared = {each.name: (each.inferred_type_name, each.default) for each in found}
-    for line in cells[0].source.splitlines() if cells else ():
-        code = line.partition("#")[0]
-        hint = declared.get(code.partition(":")[0].strip(), ("None", ""))[0]
-        if code.strip() and (hint == "None" or code.count("=") != 1):
-            raise ValueError(f"{notebook.name}: not a parameter of the form `name: type = default`: {line}")
-    return declared
+    try:
+        return declared(cells[0].source) if cells else {}
+    except ValueError as error:
+        raise ValueError(f"{notebook.name}: {error}") from error
 
 
 def title(notebook: Path) -> str:
@@ -123,22 +124,64 @@ def refresh(notebook: Path) -> None:
     cells = [cell for cell in content.cells if "navigation" not in cell.metadata.get("tags", ())]
     content.cells = [cells[0], bar, *cells[1:]]
     os.environ.update(ENVIRONMENT)
-    client = nbclient.NotebookClient(
-        content,
-        timeout=CELL_TIMEOUT,
-        extra_arguments=QUIET,
-        kernel_name="python3",
-        record_timing=False,
-        coalesce_streams=True,
-        kernel_manager_class=ThisPython,
-        resources={"metadata": {"path": str(notebook.parent)}},
-    )
-    client.widget_registry = NO_WIDGETS
-    client.execute(env=environment())
+    execute(content, notebook.parent)
     with replacing(notebook) as draft:
         nbformat.write(settled(content), draft)
     for picture in pictures(content):
         write(PICTURE, picture)
+
+
+def coalesce(cell: NotebookNode, **_: Any) -> None:
+    """Make what an executed cell printed one output for each stream, errors last, without lines written over.
+
+    As nbclient's `coalesce_streams`, whose time grows with the square of a line's length.
+    """
+    streams: dict[str, NotebookNode] = {}
+    kept = []
+    for output in cell.get("outputs", ()):
+        if output.output_type == "stream" and output.name in streams:
+            streams[output.name].text += output.text
+            continue
+        if output.output_type == "stream":
+            streams[output.name] = output
+            if output.name == "stdout" and kept and kept[-1] is streams.get("stderr"):
+                kept.insert(-1, output)
+                continue
+        kept.append(output)
+    for output in streams.values():
+        output.text = OVERWRITTEN.sub("", output.text)
+    if "outputs" in cell:
+        cell.outputs = kept
+
+
+def execute(content: NotebookNode, folder: Path, seconds: float = CELL_TIMEOUT) -> None:
+    """Execute all cells with this Python in a folder; each may take so many seconds.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: if a cell fails.
+        nbclient.exceptions.CellTimeoutError: if a cell takes longer.
+        RuntimeError: if the kernel does not start.
+    """
+    client = nbclient.NotebookClient(
+        content,
+        timeout=seconds,
+        extra_arguments=QUIET,
+        kernel_name="python3",
+        record_timing=False,
+        on_cell_executed=coalesce,
+        kernel_manager_class=ThisPython,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    start(client, environment())
+
+
+def start(client: nbclient.NotebookClient, variables: dict[str, str]) -> None:
+    """Execute a client's notebook with these environment variables, as all notebooks are."""
+    client.widget_registry = NO_WIDGETS
+    try:
+        client.execute(env=variables)
+    finally:
+        atexit.unregister(client._cleanup_kernel)  # it is done, and would fail for a kernel that never started
 
 
 def pictures(content: NotebookNode) -> list[bytes]:

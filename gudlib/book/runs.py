@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import importlib.metadata
@@ -20,16 +19,17 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.queues import SimpleQueue
-from multiprocessing.synchronize import RLock
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import nbconvert
@@ -37,20 +37,20 @@ import nbformat
 import papermill
 import psutil
 import pyarrow
-import yaml
 from filelock import FileLock, Timeout
 from nbclient.exceptions import CellTimeoutError
 from nbformat.reader import NotJSONError
 from pandas import DataFrame
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+from papermill.execute import remove_error_markers
 from tqdm import tqdm
 
 from gudlib import __version__
-from gudlib.book.notebooks import NO_WIDGETS, QUIET, ThisPython, environment, find, parameters_of
-from gudlib.files import DATA, ROOT, read_json, replacing, write, write_json
+from gudlib.book.notebooks import QUIET, ThisPython, coalesce, environment, find, parameters_of, start
+from gudlib.files import DATA, PACKAGE, ROOT, read_json, replacing, write, write_json
 
-PACKAGE = Path(__file__).resolve().parents[1]
 CELL_TIMEOUT = 6 * 3600  # seconds; a training cell of the gpu profile is the longest that there is
 
 LARGE = 2**28  # bytes of a file that is known by its size and date alone
@@ -113,8 +113,7 @@ def plan(
     declared = {notebook: parameters_of(notebook) for notebook in notebooks}
     accepted = "; accepted are:"
     for notebook, types in declared.items():
-        entries = [f"{name}: {hint} = {default}" for name, (hint, default) in types.items()]
-        accepted += f"\n  {notebook.stem}: {', '.join(entries) or 'none'}"
+        accepted += f"\n  {notebook.stem}: {', '.join(map(str, types.values())) or 'none'}"
     unknown = sorted(map(str, set(parameters).difference(*declared.values())))
     if unknown:
         raise ValueError(f"unknown parameter {', '.join(unknown)}{accepted}")
@@ -124,24 +123,11 @@ def plan(
     jobs = []
     for notebook, types in declared.items():
         try:
-            values = {name: _typed(types[name][0], value) for name, value in wanted.items() if name in types}
-        except (ValueError, yaml.YAMLError) as error:
+            values = {name: types[name].read(value) for name, value in wanted.items() if name in types}
+        except ValueError as error:
             raise ValueError(f"mistyped parameter of {notebook.stem}: {error}{accepted}") from error
         jobs.append(Job(notebook, out, values, fresh, timeout))
     return jobs
-
-
-def _typed(hint: str, value: Any) -> Any:
-    """`value`, or the value that a text says, if it is of the declared type; else a `ValueError`."""
-    if isinstance(value, str) and hint not in ("str", "float"):
-        value = yaml.safe_load(value)
-    if hint == "float" and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return float(value)  # text too: YAML takes 1e-2 for a string
-    if hint.startswith("list[") and isinstance(value, list):
-        return [_typed(hint[5:-1], item) for item in value]
-    if type(value).__name__ != hint:
-        raise ValueError(f"{value!r} is not {hint}")
-    return value
 
 
 class _Engine(NBClientEngine):
@@ -154,13 +140,12 @@ class _Engine(NBClientEngine):
             kernel_name=kernel_name,
             timeout=kwargs["seconds"],
             interrupt_on_timeout=False,  # else the cell says KeyboardInterrupt
-            coalesce_streams=True,
+            on_cell_executed=coalesce,
             extra_arguments=QUIET,
             kernel_manager_class=ThisPython,
             resources={"metadata": {"path": str(kwargs["folder"])}},
         )
-        client.widget_registry = NO_WIDGETS
-        client.execute(env=environment() | {"GUDLIB_RESULTS": str(kwargs["results"])})
+        start(client, environment() | {"GUDLIB_RESULTS": str(kwargs["results"])})
 
 
 papermill_engines.register("gudlib", _Engine)
@@ -194,7 +179,8 @@ def run_job(job: Job) -> Result:
         "autosave_cell_every": 10,
     }
     try:
-        papermill.execute_notebook(job.notebook, partial, dict(job.parameters), **options)
+        source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (job.notebook, partial))
+        papermill.execute_notebook(source, target, dict(job.parameters), **options)  # it takes paths for templates
     except Exception as caught:  # a cell's error, a dead kernel, a timeout: all are this notebook's failure
         error = caught
     if isinstance(error, CellTimeoutError):
@@ -203,6 +189,8 @@ def run_job(job: Job) -> Result:
     try:
         failure = _failure(partial, error)
         if partial.is_file():
+            if error and not failure:
+                nbformat.write(remove_error_markers(nbformat.read(partial, 4)), partial)
             html = nbconvert.HTMLExporter().from_filename(str(partial))[0]
             html = html.replace('href="../README.md"', f'href="{(ROOT / "README.md").as_uri()}"')
             write(page, re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', html))
@@ -301,7 +289,8 @@ def _failure(notebook: Path, error: Exception | None) -> str:
     """Where a run stopped and why: number and first line of the last cell it began. Empty if all were completed."""
     content = nbformat.read(notebook, 4) if notebook.is_file() else nbformat.v4.new_notebook()
     cells = [cell for cell in content.cells if cell.cell_type == "code"]
-    if error is None and all(cell.metadata.papermill.status == "completed" for cell in cells):
+    expected = error is None or isinstance(error, PapermillExecutionError)  # or of a cell tagged `raises-exception`
+    if expected and all(cell.metadata.papermill.status == "completed" for cell in cells):
         return ""
     for number, cell in reversed([*enumerate(cells, 1)]):
         if cell.metadata.papermill.start_time:
@@ -403,8 +392,7 @@ def points(grid: Mapping[str, Any], out: Path, fresh: bool = False, timeout: flo
     if not isinstance(grids, list) or not all(isinstance(g, Mapping) for g in grids) or not grids:
         raise ValueError(f"`grids` must be a list of mappings from parameters to lists of values; got {grids!r}")
     [notebook] = find([str(grid["notebook"])])
-    told = {name: _value(default) for name, (_, default) in parameters_of(notebook).items()}
-    defaults = {name: value for name, value in told.items() if value is not None}
+    defaults = {each.name: value for each in parameters_of(notebook).values() for value in each.literal}
     jobs: dict[str, Job] = {}
     for each in grids:
         lists = {name: values if isinstance(values, list) else [values] for name, values in each.items()}
@@ -443,14 +431,6 @@ def _writable(frame: DataFrame) -> DataFrame:
     return frame
 
 
-def _value(default: str) -> Any:
-    """What a parameter's default says, as written in Python; None for an expression that is no literal."""
-    try:
-        return ast.literal_eval(default)
-    except (ValueError, SyntaxError):
-        return None
-
-
 def _gather(
     jobs: Sequence[Job],
     workers: int,
@@ -459,47 +439,92 @@ def _gather(
     done: Callable[[Job], Any],
 ) -> list[Result]:
     """The jobs' results, in their order; `done` is called with each job that is finished."""
-    own, main = executor is None, threading.current_thread() is threading.main_thread()
-    if executor is None:
-        context = multiprocessing.get_context("spawn")
-        lines, lock = context.SimpleQueue(), context.RLock()
-        for line in range(1, workers + 1):
-            lines.put(line)
-        tqdm.set_lock(lock)
-        threads = max(1, cores() // max(1, min(workers, len(jobs))))
-        executor = ProcessPoolExecutor(workers, context, _start_worker, (lines, lock, threads))
     results: dict[int, Result] = {}
     with (
-        executor if own else nullcontext(),
+        nullcontext(executor) if executor else _Workers(min(workers, len(jobs)) or 1) as executor,
         tqdm(total=len(jobs), desc="notebooks", unit="notebook", disable=None) as bar,
     ):
-        # Workers inherit that they ignore an interrupt: to stop them is up to us
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if own and main else None
         futures: dict[Future, int] = {executor.submit(run_job, job): number for number, job in enumerate(jobs)}
-        if own and main:
-            signal.signal(signal.SIGINT, before)
         try:
             for future in as_completed(futures):
                 job, error = jobs[futures[future]], future.exception()  # an error: the worker was killed
-                result = Result(job.notebook.stem, "failed", 0.0, job.out, str(error)) if error else future.result()
+                output = job.out / f"{job.notebook.stem}.ipynb"
+                result = Result(job.notebook.stem, "failed", 0.0, output, str(error)) if error else future.result()
                 results[futures[future]] = result
                 bar.write(f"{name(job)} {result.status}, {result.seconds / 60:.1f} min")
                 bar.update()
                 done(job)
         except KeyboardInterrupt:
             executor.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children() if own else ():
-                worker.terminate()
+            if isinstance(executor, _Workers):
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
             raise
     return [results[number] for number in range(len(jobs))]
 
 
-def _start_worker(lines: SimpleQueue, lock: RLock, threads: int) -> None:
-    tqdm.set_lock(lock)
-    _bar.update(disable=None, position=lines.get())
+class _Workers(ThreadPoolExecutor):
+    """Processes that share the cores, each with a thread here that waits for it: a killed one takes no other along."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self._folder = tempfile.TemporaryDirectory()
+        self._told = str(Path(self._folder.name) / "lock"), max(1, cores() // count), os.getpid()
+        self._before = tqdm.get_lock()
+        tqdm.set_lock(FileLock(self._told[0]))  # the system frees it when a process that holds it is killed
+        self._idle: SimpleQueue[tuple[int, ProcessPoolExecutor]] = SimpleQueue()
+        for line in range(1, count + 1):
+            self._idle.put((line, self._process(line)))
+
+    def _process(self, line: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_worker, (line, *self._told))
+
+    def submit(self, do: Callable[[Job], Result], job: Job) -> Future[Result]:  # pyright: ignore
+        """Have the next process that is free do a job."""
+        return super().submit(self._in_a_process, do, job)
+
+    def _in_a_process(self, do: Callable[[Job], Result], job: Job) -> Result:
+        line, process = self._idle.get()
+        try:
+            with _no_interrupts():
+                future = process.submit(do, job)
+            return future.result()
+        except BrokenProcessPool as error:
+            process = self._process(line)
+            raise RuntimeError("the process that ran it was killed, for want of memory perhaps") from error
+        finally:
+            self._idle.put((line, process))
+
+    def __exit__(self, *reason: Any) -> None:
+        super().__exit__(*reason)
+        while not self._idle.empty():
+            self._idle.get()[1].shutdown()
+        tqdm.set_lock(self._before)
+        self._folder.cleanup()
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """A block whose child processes start without heeding an interrupt: to stop them is up to us."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(line: int, lock: str, threads: int, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # kernels inherit that
+    tqdm.set_lock(FileLock(lock))
+    _bar.update(disable=None, position=line)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ["TQDM_DISABLE"] = "1"  # in the kernels, that is: this process read it on importing tqdm
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:

@@ -1,0 +1,144 @@
+"""Parameters: which lines declare one, and what a text or a value means for a declared type."""
+
+import math
+from typing import Any
+
+import nbformat
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from papermill.parameterize import parameterize_notebook
+
+from gudlib.book.parameters import declared, load
+
+
+def read(hint: str, value: Any) -> Any:
+    return declared(f"value: {hint} = f()")["value"].read(value)
+
+
+@pytest.mark.parametrize(
+    ("hint", "text", "meant"),
+    [
+        ("int", "0012", 12),
+        ("int", "0x10", 16),
+        ("float", "1e-2", 0.01),
+        ("float", "3", 3.0),
+        ("float", "inf", math.inf),
+        ("str", "007", "007"),
+        ("str", "no", "no"),
+        ("str", "1:30", "1:30"),
+        ("str", "'x'", "'x'"),
+        ("str", "a: [b", "a: [b"),
+        ("bool", "no", False),
+        ("bool", "True", True),
+        ("int | None", "3", 3),
+        ("int | None", "None", None),
+        ("Optional[str]", "null", None),
+        ("Union[int, str]", "3", 3),
+        ("Union[int, str]", "three", "three"),
+        ("list[str]", "[on, off, 1, 'x']", ["on", "off", "1", "x"]),
+        ("list[float]", "[1, 2e-1]", [1.0, 0.2]),
+        ("list[int | None]", "[1, null]", [1, None]),
+        ("list", "[1, a]", [1, "a"]),
+        ("tuple[int, int]", "[3, 4]", (3, 4)),
+        ("tuple[int, ...]", "(3, 4, 5)", (3, 4, 5)),
+        ("dict[str, float]", "{a: 1}", {"a": 1.0}),
+        ("dict[int, list[str]]", "{1: [yes]}", {1: ["yes"]}),
+        ('Literal["a", "b"]', "b", "b"),
+        ("Literal[16, 32]", "32", 32),
+    ],
+)
+def test_a_text_is_read_as_its_type_says(hint, text, meant):
+    found = read(hint, text)
+    assert found == meant and type(found) is type(meant)
+    if text[0] in "[{":  # as a YAML file has it
+        assert read(hint, load(text)) == meant
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("hint", "value"),
+    [
+        ("int", "1:30"),
+        ("int", "3.5"),
+        ("int", "true"),
+        ("int", ""),
+        ("int", True),
+        ("int", 3.5),
+        ("float", True),
+        ("float", None),
+        ("str", 7),
+        ("bool", 1),
+        ("bool", "2"),
+        ("list[float]", "3"),
+        ("list[float]", "[1, true]"),
+        ("list[float]", "[1, a]"),
+        ("list[str]", [7, "a"]),
+        ("tuple[int, int]", "[1, 2, 3]"),
+        ("dict[str, float]", "{a: b}"),
+        ('Literal["a", "b"]', "c"),
+        ("int | None", "nothing"),
+        ("list[float]", "[" * 2000 + "]" * 2000),
+    ],
+)
+def test_what_is_not_of_the_type_is_refused(hint, value):
+    with pytest.raises(ValueError, match=r"is not .* \(value\)$") as refused:
+        read(hint, value)
+    assert hint in str(refused.value) and repr(value)[:50] in str(refused.value)
+
+
+def test_lines_declare_a_name_a_type_and_a_default():
+    found = declared(
+        "a: int = 2  # how many\n\n# two\nb: tuple[int,\n  int] = (1,\n  2)\nc: float = 2 ** 0.5\nd: None = None"
+    )
+    assert [str(each) for each in found.values()] == [
+        "a: int = 2",
+        "b: tuple[int,\n  int] = (1,\n  2)",
+        "c: float = 2 ** 0.5",
+        "d: None = None",
+    ]
+    assert [each.literal for each in found.values()] == [(2,), ((1, 2),), (), (None,)]
+    assert declared("# none") == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("steps = 2", "not a parameter of the form"),
+        ("steps: int = other = 2", "not a parameter of the form"),
+        ("steps: int", "not a parameter of the form"),
+        ("x.steps: int = 2", "not a parameter of the form"),
+        ("import os", "not a parameter of the form"),
+        ("steps: np.ndarray = 2", "a type must be made of bool, int"),
+        ("steps: Path = 2", "a type must be made of bool, int"),
+        ("steps: 3 = 3", "a type must be made of bool, int"),
+        ("steps: int = 2.5", "the default is not of the type"),
+        ("name: str = None", "the default is not of the type"),
+        ("loud: bool = 1", "the default is not of the type"),
+    ],
+)
+def test_a_line_that_declares_none_is_named(line, complaint):
+    with pytest.raises(ValueError, match=complaint) as refused:
+        declared(f"seed: int = 0\n{line}\nlast: int = 1")
+    assert str(refused.value).endswith(f": {line}")
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+values = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text(max_size=3) | st.integers(), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@given(value=values)
+def test_a_run_gives_a_notebook_the_very_value(value):
+    """papermill alone makes texts of tuples and of keys."""
+    cell = nbformat.v4.new_code_cell("value: int = 1", metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {}})
+    made = parameterize_notebook(notebook, {"value": value}, kernel_name="python3", language="python")
+    told: dict[str, Any] = {}
+    exec(made.cells[1].source, told)
+    assert told["value"] == value and repr(told["value"]) == repr(value)
