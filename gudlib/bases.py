@@ -533,6 +533,8 @@ def groups_by(label: Float[Tensor, "c h w"], count: int) -> Int64[Tensor, "c h w
 
     >>> groups_by(torch.tensor([[[0.0, 1.0, 2.0, 3.0]]]), 2).tolist()
     [[[0, 0, 1, 1]]]
+    >>> groups_by(torch.tensor([[[0.0, 1.0, 1.0, 1.0]]]), 2).tolist()
+    [[[0, 1, 1, 1]]]
     """
     values, inverse, sizes = label.unique(return_inverse=True, return_counts=True)
     before = sizes.cumsum(0) - sizes

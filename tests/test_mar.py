@@ -729,6 +729,8 @@ def test_a_checkpoint_of_another_kind_or_setting_is_refused(tmp_path):
     for other, name in (
         (dict(kind="random"), "network.kind"),
         (dict(config=replace(QUICK, repeats=1)), "config.repeats"),
+        (dict(config=replace(QUICK, drop=0.2)), "config.drop"),
+        (dict(config=replace(QUICK, masking=(0.7, 0.3))), "config.masking"),
     ):
         with pytest.raises(ValueError, match=rf"c.safetensors belongs to another run, which had {name} = "):
             trainer(**other, checkpoint=file)
