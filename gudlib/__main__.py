@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 RUN = """Execute notebooks with papermill. What was completed before with the same code and parameters is skipped.
@@ -66,27 +70,37 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = parser.parse_args(arguments)
     try:
-        return options.command(options)
+        with _terminable():
+            return options.command(options)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues with what is not done", file=sys.stderr)
         return 130
 
 
-def _run(options: argparse.Namespace) -> int:
-    import yaml
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A block that SIGTERM, by which schedulers of clusters end jobs, stops as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
+
+def _run(options: argparse.Namespace) -> int:
     from gudlib.book import claims, notebooks, parameters, runs
 
     try:
-        given = (parameters.load(options.f.read_text(encoding="utf-8")) or {}) if options.f else {}
-        if not isinstance(given, dict):
-            raise ValueError(f"{options.f} holds no lines `name: value`")
+        given = parameters.load(options.f) if options.f else {}
         if options.jobs < 1:
             raise ValueError(f"--jobs must be at least 1; got {options.jobs}")
         paths, given = notebooks.find(options.names), given | dict(options.p)
         jobs = runs.plan(paths, options.out.resolve(), given, options.profile, options.fresh, *_seconds(options))
         results = runs.run(jobs, options.jobs)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     width = max(len(result.notebook) for result in results)
@@ -106,14 +120,10 @@ def _seconds(options: argparse.Namespace) -> list[float]:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    import yaml
-
     from gudlib.book import parameters, runs
 
     try:
-        grid = parameters.load(options.file.read_text(encoding="utf-8"))
-        if not isinstance(grid, dict):
-            raise ValueError(f"{options.file} holds no lines `name: value`")
+        grid = parameters.load(options.file)
         workers = runs.cores() if options.jobs is None else options.jobs
         if workers < 1:
             raise ValueError(f"--jobs must be at least 1; got {workers}")
@@ -121,7 +131,7 @@ def _sweep(options: argparse.Namespace) -> int:
         jobs = runs.points(grid, out, options.fresh, *_seconds(options))
         table = out / f"{options.file.stem}.parquet"
         results, rows = runs.sweep(jobs, table, workers)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     failed = [result for result in results if result.status == "failed"]

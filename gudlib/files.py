@@ -56,8 +56,14 @@ def write(path: str | Path, content: str | bytes) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON values, indented."""
-    write(path, json.dumps(content, indent=2) + "\n")
+    """Write JSON values, indented; arrays and tensors as lists, their scalars as numbers."""
+    write(path, json.dumps(content, indent=2, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"not a number, a text, an array or a list or mapping of these: {value!r}")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

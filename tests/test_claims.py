@@ -6,7 +6,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from gudlib.__main__ import main
 from gudlib.book import claims
@@ -78,6 +80,23 @@ def test_a_report_is_kept_and_replaced_as_a_whole(tmp_path, monkeypatch):
     assert str(found) == str(values)  # nan is not itself
     assert json.loads((tmp_path / "07/report.json").read_text()) == {"loss": 2.0}
     assert [path.name for path in tmp_path.glob("*/*")] == ["report.json"] * 2
+
+
+def test_a_report_takes_arrays_and_tensors(tmp_path, monkeypatch):
+    monkeypatch.setenv("GUDLIB_RESULTS", str(tmp_path))
+    values = {"a": np.float32(1.5), "b": np.arange(3), "c": torch.tensor([[1.0], [2.0]]), "d": torch.tensor(3)}
+    claims.report("07", values)
+    assert json.loads((tmp_path / "07/report.json").read_text()) == {"a": 1.5, "b": [0, 1, 2], "c": [[1], [2]], "d": 3}
+    with pytest.raises(TypeError, match="not a number, a text, an array or a list or mapping of these: <object"):
+        claims.report("07", {"a": object()})
+
+
+def test_rows_that_are_no_claims_are_left_out(tmp_path):
+    good = {"value": 0.5, "low": 0, "high": None, "holds": True}
+    rows = {"good": good, "a": {"holds": True}, "b": good | {"value": "x"}, "c": good | {"low": "x"}, "d": 3}
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims/02.json").write_text(json.dumps(rows))
+    assert [row["name"] for row in claims.recorded(tmp_path)] == ["good"]
 
 
 def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):

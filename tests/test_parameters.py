@@ -51,8 +51,38 @@ def read(hint: str, value: Any) -> Any:
 def test_a_text_is_read_as_its_type_says(hint, text, meant):
     found = read(hint, text)
     assert found == meant and type(found) is type(meant)
-    if text[0] in "[{":  # as a YAML file has it
-        assert read(hint, load(text)) == meant
+
+
+@pytest.mark.parametrize("text", ["[on, 007]", "{a: 1e-2}", "'null'"])
+def test_a_file_is_read_as_its_types_say(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(f"value: {text}\nnothing: null")
+    found = load(tmp_path / "a.yaml")
+    hint, meant = {"[": ("list[str]", ["on", "007"]), "{": ("dict[str, float]", {"a": 0.01}), "'": ("str", "null")}[
+        text[0]
+    ]
+    assert read(hint, found["value"]) == meant and found["nothing"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"a: \xe9", "a.yaml is not YAML in UTF-8: .*can't decode"),
+        (b"a: [1", "a.yaml is not YAML in UTF-8"),
+        (b"a: 1\nb: 2\na: 3", "a.yaml is not YAML in UTF-8: a is given twice"),
+        (b"- a", "a.yaml holds no lines `name: value`"),
+        (b"a", "a.yaml holds no lines `name: value`"),
+        (b"a: " + b"[" * 3000, "a.yaml is not YAML in UTF-8"),
+    ],
+)
+def test_a_file_that_is_none_is_named(tmp_path, content, complaint):
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=complaint):
+        load(tmp_path / "a.yaml")
+
+
+def test_an_empty_file_sets_nothing(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"\xef\xbb\xbf# none\n")  # with a byte order mark
+    assert load(tmp_path / "a.yaml") == {}
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -153,6 +153,36 @@ def test_done_is_skipped_until_notebook_or_parameters_change(tmp_path):
     assert [status(job), status(job)] == ["failed", "failed"]
 
 
+def test_a_worker_that_is_killed_takes_no_other_notebook_along(tmp_path):
+    bad = write(tmp_path / "bad.ipynb", "import os, signal", "os.kill(os.getppid(), signal.SIGKILL)")
+    good = [write(tmp_path / f"{name}.ipynb", "print('done')") for name in "ab"]
+    first, *others = runs.run(runs.plan([bad, *good], tmp_path / "out", {}))
+    assert first.status == "failed" and first.failure.startswith("the process that ran it was killed")
+    assert [result.status for result in others] == ["completed", "completed"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "{}", "[]", "\udcff", '{"cells": 3, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}']
+)
+def test_a_file_that_is_no_notebook_is_named(tmp_path, capsys, text):
+    (tmp_path / "a.ipynb").write_bytes(text.encode(errors="surrogateescape"))
+    assert __main__.main(["run", str(tmp_path / "a.ipynb"), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/a.ipynb is not a notebook: ")
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
+def test_a_file_in_the_way_of_results_is_told_before_anything_runs(tmp_path, capsys, place):
+    (tmp_path / "file").touch()
+    assert __main__.main(["run", str(write(tmp_path / "a.ipynb")), "--out", str(tmp_path / place)]) == 2
+    assert f"results can't be written to {tmp_path}/{place}: a file is in the way" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_timeout_that_is_none_is_refused(tmp_path, seconds):
+    with pytest.raises(ValueError, match="timeout must be more than 0 seconds, and finite; got"):
+        runs.plan([write(tmp_path / "a.ipynb")], tmp_path, {}, timeout=seconds)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
@@ -212,7 +242,8 @@ def test_notebooks_are_found_by_number_name_and_path(tmp_path, monkeypatch):
         notebooks.find(["ex"])
 
 
-def test_an_interrupt_ends_cleanly_and_the_next_run_continues(tmp_path):
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_cleanly_and_the_next_run_continues(tmp_path, by):
     quick = write(tmp_path / "quick.ipynb", "print('done')")
     slow = write(tmp_path / "slow.ipynb", "import time, pathlib\nif not pathlib.Path('go').exists(): time.sleep(600)")
     arguments = command(quick, slow, "--out", tmp_path / "out")
@@ -220,7 +251,7 @@ def test_an_interrupt_ends_cleanly_and_the_next_run_continues(tmp_path):
     process = subprocess.Popen(interruptible(arguments), stdout=pipe, stderr=pipe, text=True, env=marked)
     wait_for(lambda: (tmp_path / "out/slow.partial.ipynb").exists())
     wait_for(lambda: len(family(tmp_path)) > 1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(by)
     output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "Traceback" not in errors and "the same command continues" in errors
@@ -513,6 +544,21 @@ def test_a_row_has_nothing_of_a_report_that_its_run_did_not_write(tmp_path, pret
     write(tmp_path / "a.ipynb", "# reports under another name")
     frame = pretend.sweep((5,))[1]
     assert frame.loss.tolist() == [0.1] and "accuracy" not in frame
+
+
+def test_a_table_takes_whatever_is_reported(pretend):
+    values = {1: {"x": 1}, 2: {}, 3: {"y": [{}]}}
+    pretend.report = lambda p: {
+        "mapped": values[p["steps"]],
+        "big": 2**70,
+        "text": "\udcff",
+        "all": [{}],
+        "half\ud800": 1,
+    }
+    frame = pretend.sweep()[1]
+    assert [json.loads(text) for text in frame.mapped] == [*values.values()]
+    assert [json.loads(text) for text in frame.big] == [2**70] * 3 and frame["all"].tolist() == ["[{}]"] * 3
+    assert frame.text.tolist() == ["\\udcff"] * 3 and frame["half\\ud800"].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"key": ', "\udcff"])

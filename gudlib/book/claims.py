@@ -69,9 +69,14 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
     """All claims that were recorded below a folder of results, each with its `notebook` and `name`, in their order."""
     found = []
     for path in sorted(folder.glob("claims/*.json")):
-        rows = {name: row for name, row in read_json(path).items() if isinstance(row, dict) and "holds" in row}
+        rows = {name: row for name, row in read_json(path).items() if _whole(row)}
         found += [{"expected": True, **row, "notebook": path.stem, "name": name} for name, row in rows.items()]
     return found
+
+
+def _whole(row: Any) -> bool:
+    kinds = {"value": float, "low": float | int | None, "high": float | int | None, "holds": bool}
+    return isinstance(row, dict) and all(name in row and isinstance(row[name], kind) for name, kind in kinds.items())
 
 
 def counted(rows: list[dict[str, Any]]) -> str:
@@ -86,6 +91,6 @@ def report(notebook: str, values: dict) -> None:
 
     Arguments:
         notebook: its number or name.
-        values: names and numbers, texts or lists; lists of one length belong together.
+        values: names and numbers, texts, arrays or lists; lists of one length belong together.
     """
     write_json(results(notebook) / "report.json", values)

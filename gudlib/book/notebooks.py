@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import base64
+import math
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ import nbclient
 import nbformat
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
-from nbformat import NotebookNode
+from nbformat import NotebookNode, ValidationError
 
 from gudlib.book.parameters import Parameter, declared
 from gudlib.files import IN_REPOSITORY, NOTEBOOKS, PACKAGE, replacing, with_repository, write
@@ -31,6 +32,7 @@ CELL_TIMEOUT = 3600  # seconds: far beyond what a cell takes, on a busy machine 
 # nbclient plays the browser for ipywidgets' Output: its message may cross a cell's reply, for which it then waits
 # forever (github.com/jupyter/nbclient/issues/312). Without, what is printed into an Output is the cell's own output.
 NO_WIDGETS: dict[str, dict] = {}
+START_TIMEOUT = 600  # seconds, for a kernel to start where much else does
 QUIET = ["--log-level=ERROR"]  # of the kernel: it warns at each start that its local sockets aren't encrypted
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -82,13 +84,27 @@ def find(names: Sequence[str] = ()) -> list[Path]:
     return [path.resolve() for path in paths]
 
 
+def read(notebook: Path) -> NotebookNode:
+    """A notebook as it lies in its file.
+
+    Raises:
+        ValueError: if the file is none; it is named.
+    """
+    try:
+        content = nbformat.read(notebook, 4)
+        nbformat.validate(content)
+    except (ValueError, TypeError, AttributeError, KeyError, ValidationError) as error:
+        raise ValueError(f"{notebook} is not a notebook: {str(error).partition(chr(10))[0]}") from error
+    return content
+
+
 def parameters_of(notebook: Path) -> dict[str, Parameter]:
     """What the cell tagged `parameters` declares, by name.
 
     Raises:
         ValueError: for a line of that cell that declares none (`parameters.declared`); it gives the line.
     """
-    cells = [cell for cell in nbformat.read(notebook, 4).cells if "parameters" in cell.metadata.get("tags", ())]
+    cells = [cell for cell in read(notebook).cells if "parameters" in cell.metadata.get("tags", ())]
     try:
         return declared(cells[0].source) if cells else {}
     except ValueError as error:
@@ -119,7 +135,7 @@ def refresh(notebook: Path) -> None:
     Raises:
         nbclient.exceptions.CellExecutionError: if a cell fails; the file stays as it was.
     """
-    content = nbformat.read(notebook, 4)
+    content = read(notebook)
     bar = nbformat.v4.new_markdown_cell(navigation(notebook), metadata={"tags": ["navigation"]})
     cells = [cell for cell in content.cells if "navigation" not in cell.metadata.get("tags", ())]
     content.cells = [cells[0], bar, *cells[1:]]
@@ -164,7 +180,8 @@ def execute(content: NotebookNode, folder: Path, seconds: float = CELL_TIMEOUT) 
     """
     client = nbclient.NotebookClient(
         content,
-        timeout=seconds,
+        timeout=math.ceil(seconds),
+        startup_timeout=START_TIMEOUT,
         extra_arguments=QUIET,
         kernel_name="python3",
         record_timing=False,

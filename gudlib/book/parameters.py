@@ -13,6 +13,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -27,7 +28,13 @@ WORDS = {"None": None, "null": None, "true": True, "false": False}
 
 
 class _Texts(yaml.SafeLoader):
-    """Loads YAML with every scalar as the text that it is, but for null and merged mappings."""
+    """Loads YAML with every scalar as the text that it is, but for null and merged mappings; no name twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Texts.yaml_implicit_resolvers = {
@@ -36,13 +43,20 @@ _Texts.yaml_implicit_resolvers = {
 }
 
 
-def load(text: str) -> Any:
-    """Lists, mappings and texts of a YAML document; what the texts mean is up to the types of the parameters.
+def load(file: Path) -> dict[str, Any]:
+    """The mapping of a YAML file; what the texts in it mean is up to the types of the parameters.
 
     Raises:
-        yaml.YAMLError: if it is none.
+        OSError: if it can't be read.
+        ValueError: if it is no YAML in UTF-8, or holds something else; it names the file.
     """
-    return yaml.load(text, _Texts)  # a SafeLoader
+    try:
+        found = yaml.load(file.read_text(encoding="utf-8-sig"), _Texts)  # a SafeLoader
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{file} is not YAML in UTF-8: {error}") from error
+    if not isinstance(found, dict | None):
+        raise ValueError(f"{file} holds no lines `name: value`")
+    return found or {}
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ def _readings(value: Any) -> Iterator[tuple[Any, bool]]:
     yield _literals(value), True
     if all(isinstance(leaf, str) for leaf in _leaves(value)):
         yield value, False
-    if isinstance(value, str) and not isinstance(inner := load(value), str):
+    if isinstance(value, str) and not isinstance(inner := yaml.load(value, _Texts), str):
         yield from _readings(inner)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -37,6 +38,7 @@ import nbformat
 import papermill
 import psutil
 import pyarrow
+import pyarrow.parquet
 from filelock import FileLock, Timeout
 from nbclient.exceptions import CellTimeoutError
 from nbformat.reader import NotJSONError
@@ -48,7 +50,7 @@ from papermill.execute import remove_error_markers
 from tqdm import tqdm
 
 from gudlib import __version__
-from gudlib.book.notebooks import QUIET, ThisPython, coalesce, environment, find, parameters_of, start
+from gudlib.book.notebooks import QUIET, START_TIMEOUT, ThisPython, coalesce, environment, find, parameters_of, start
 from gudlib.files import DATA, PACKAGE, ROOT, read_json, replacing, write, write_json
 
 CELL_TIMEOUT = 6 * 3600  # seconds; a training cell of the gpu profile is the longest that there is
@@ -108,8 +110,8 @@ def plan(
         ValueError: for a parameter that no notebook declares or a value not of the declared type (it names what is
             accepted), for two notebooks that would write the same file, and for a timeout that is none.
     """
-    if not timeout > 0:
-        raise ValueError(f"timeout must be more than 0 seconds; got {timeout:g}")
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"timeout must be more than 0 seconds, and finite; got {timeout:g}")
     declared = {notebook: parameters_of(notebook) for notebook in notebooks}
     accepted = "; accepted are:"
     for notebook, types in declared.items():
@@ -138,7 +140,8 @@ class _Engine(NBClientEngine):
         client = PapermillNotebookClient(
             nb_man,
             kernel_name=kernel_name,
-            timeout=kwargs["seconds"],
+            timeout=math.ceil(kwargs["seconds"]),
+            startup_timeout=START_TIMEOUT,
             interrupt_on_timeout=False,  # else the cell says KeyboardInterrupt
             on_cell_executed=coalesce,
             extra_arguments=QUIET,
@@ -360,7 +363,9 @@ def sweep(
 def _alone(folders: Iterable[Path]) -> Iterator[None]:
     """A block in which no other process that asks for it writes to these folders; a lock lies beside each."""
     with ExitStack() as stack:
-        for folder in sorted(folders):
+        for folder in sorted(folder.resolve() for folder in folders):
+            if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+                raise ValueError(f"results can't be written to {folder}: a file is in the way")
             folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(FileLock(folder.parent / f".{folder.name}.lock", timeout=0))
@@ -417,16 +422,25 @@ def _row(job: Job, key: str | None) -> dict[str, Any]:
     row = dict(record["parameters"])
     for path in record["reports"]:  # under whatever name it gave itself
         told = read_json(job.out / path).items()
+        told = [(_writable_text(name), _writable_text(value)) for name, value in told]
         row |= {f"reported_{name}" if name in record["parameters"] or name in facts else name: x for name, x in told}
     return row | facts
+
+
+def _writable_text(value: Any) -> Any:
+    """A text without halves of characters, as names of files may have; anything else as it is."""
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _writable(frame: DataFrame) -> DataFrame:
     """The table, with JSON texts in columns whose values a table's column cannot hold together."""
     for name in (name for name, kind in frame.dtypes.items() if kind.kind == "O"):
         try:
-            pyarrow.array(frame[name], from_pandas=True)
-        except pyarrow.ArrowException:
+            mappings = any(isinstance(value, dict) for value in frame[name])  # each would get the keys of all
+            pyarrow.parquet.write_table(pyarrow.Table.from_pandas(frame[[name]]), io.BytesIO())
+        except (pyarrow.ArrowException, OverflowError, UnicodeError):
+            mappings = True
+        if mappings:
             frame[name] = [json.dumps(value) for value in frame[name]]
     return frame
 
