@@ -32,7 +32,7 @@ from pandas import DataFrame
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gudlib import statistics
+from gudlib import checks, statistics
 from gudlib.likelihood import bits_per_dim
 from gudlib.references import Reference
 
@@ -374,10 +374,10 @@ def frame(baselines: Sequence[Baseline]) -> DataFrame:
 
 def _checked(*images: Tensor) -> tuple[Tensor, ...]:
     """The images on the CPU, where all of this computes."""
-    shapes = [tuple(part.shape) for part in images]
+    shapes = [tuple(getattr(part, "shape", ())) for part in images]
     same = all(len(shape) == 4 and shape[0] and shape[1:] == shapes[0][1:] for shape in shapes)
-    if not same or any(part.dtype != torch.uint8 for part in images):
-        found = ", ".join(f"{part.dtype} {shape}" for part, shape in zip(images, shapes, strict=True))
+    if not same or not all(isinstance(part, Tensor) and part.dtype == torch.uint8 for part in images):
+        found = ", ".join(map(checks.what, images))
         raise ValueError(f"images must be uint8 (n, c, h, w), of one shape (c, h, w), n at least 1; got {found}")
     return tuple(part.cpu() for part in images)
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from gudlib import statistics
+from gudlib import checks, statistics
 
 Images = Float[Tensor, "b c h w"]
 Shape = tuple[int, int, int]
@@ -88,7 +88,7 @@ class Basis(nn.Module, ABC):
         return {"name": self.name}
 
     def _checked(self, x: Tensor, what: str) -> Tensor:
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
+        if tuple(checks.batch(what, x).shape[1:]) != self.shape:
             raise ValueError(f"{what} must have shape (batch, {', '.join(map(str, self.shape))}); got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"{what} must be floating point (data.dequantise or data.scale); got {x.dtype}")
@@ -258,8 +258,9 @@ class Fourier(Basis):
         return (variance + opposite) / 2
 
     def _analyse(self, images: Images) -> Images:
-        spectrum = torch.fft.fft2(images, norm="ortho")
-        return spectrum.real - spectrum.imag
+        short = images.dtype in (torch.half, torch.bfloat16)  # of which no transform is known
+        spectrum = torch.fft.fft2(images.float() if short else images, norm="ortho")
+        return (spectrum.real - spectrum.imag).to(images.dtype)
 
     def _synthesise(self, components: Images) -> Images:
         return self._analyse(components)
@@ -338,9 +339,7 @@ class Haar(Basis):
     def __init__(self, shape: Shape, levels: int = 3) -> None:
         super().__init__(shape)
         most = (max(self.shape[1:]) - 1).bit_length()
-        if not 1 <= levels <= max(most, 1):
-            raise ValueError(f"levels must lie between 1 and {max(most, 1)} for shape {self.shape}; got {levels}")
-        self.levels = levels
+        self.levels = levels = checks.whole(f"levels, for shape {self.shape},", levels, most=max(most, 1))
         for axis, size in (("h", self.shape[1]), ("w", self.shape[2])):
             weight = torch.ones(size, dtype=torch.float64)
             for level in range(levels):
@@ -457,11 +456,16 @@ class Blocks(Basis):
 
     @classmethod
     def pca(cls, images: Images, size: int = 0) -> "Blocks":
-        """Principal components of the blocks of `images` (b, c, h, w), the same for all blocks."""
+        """Principal components of the blocks of `images` (b, c, h, w), the same for all blocks.
+
+        Raises:
+            ValueError: if images are neither grey levels nor data, or fewer than two; or as the class.
+        """
+        checks.images("images", images, least=2)
         shape = (images.shape[1], images.shape[2], images.shape[3])
         m = shape[0] * size**2 if size else shape[0] * shape[1]
         plain = cls(torch.eye(m, dtype=torch.float64, device=images.device), shape, size)
-        vectors = torch.linalg.eigh(torch.cov(plain.split(images.double()).flatten(0, 1).T))[1]
+        vectors = torch.linalg.eigh(torch.cov(plain.split(images.double()).flatten(0, 1).T).reshape(m, m))[1]
         return cls(_signed(vectors.mT.flip(0)[None])[0].contiguous(), shape, size)
 
     @classmethod
@@ -515,13 +519,16 @@ def make(name: str, shape: Shape, images: statistics.Images | None = None, **opt
     [0.0, 1.0, 2.0]
     """
     fixed = {kind.name: kind for kind in (Pixel, Fourier, DCT, Haar)}
+    known = {"haar": ("levels",), "pca": ("per_channel", "symmetries")}.get(name, ())
+    if unknown := sorted(options.keys() - set(known)):
+        raise ValueError(f"options of {name!r} are {', '.join(known) or 'none'}; got {', '.join(unknown)}")
     if name in fixed:
         return fixed[name](shape, **options)
     if name != "pca":
         raise ValueError(f"name must be one of {sorted([*fixed, 'pca'])}; got {name!r}")
     if images is None:
         raise ValueError("the basis 'pca' is fitted to data: give images")
-    if tuple(images.shape[1:]) != tuple(shape):
+    if tuple(checks.images("images", images, least=2).shape[1:]) != tuple(shape):
         raise ValueError(f"images must have the basis's shape, {tuple(shape)}; got {tuple(images.shape[1:])}")
     return PCA.fit(images, **options)
 
@@ -535,7 +542,12 @@ def groups_by(label: Float[Tensor, "c h w"], count: int) -> Int64[Tensor, "c h w
     [[[0, 0, 1, 1]]]
     >>> groups_by(torch.tensor([[[0.0, 1.0, 1.0, 1.0]]]), 2).tolist()
     [[[0, 1, 1, 1]]]
+
+    Raises:
+        ValueError: for a count below 1, or a label that is not finite.
     """
+    count = checks.whole("count", count)
+    checks.finite("label", label)
     values, inverse, sizes = label.unique(return_inverse=True, return_counts=True)
     before = sizes.cumsum(0) - sizes
     group = (before + 0.5 * sizes) * count / label.numel()

@@ -19,18 +19,22 @@ References:
 """
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gudlib import bases, networks, references
+from gudlib import __version__, bases, checks, networks, references
 from gudlib.files import read_tensors, write_tensors
 from gudlib.priors import Moments, Prior
 from gudlib.process import Batch, Gamma
 from gudlib.references import IndependentGaussian, Reference
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Denoiser(nn.Module):
@@ -103,6 +107,7 @@ def build(
     Raises:
         ValueError: for another kind or basis, or as the network.
     """
+    groups = checks.whole("groups", groups)
     reference = IndependentGaussian(basis, prior) if reference is None else reference
     along = prior.order.cpu() if label is None else basis.label(label) if isinstance(label, str) else label
     net = _network(kind, basis, bases.groups_by(along, groups), network)
@@ -115,8 +120,7 @@ def build(
 def _network(
     kind: str, basis: bases.Basis, groups: Tensor, options: dict[str, Any]
 ) -> networks.UNet | networks.Transformer:
-    if kind not in networks.KINDS:
-        raise ValueError(f"kind must be one of {networks.KINDS}; got {kind!r}")
+    checks.one_of("kind", kind, networks.KINDS)
     if kind == "transformer":
         if basis.name != "pixel":
             raise ValueError(f"kind 'transformer' is for pixels, whose patches it sees; the basis is {basis.name!r}")
@@ -149,7 +153,22 @@ def load(path: str | Path) -> Denoiser:
     Raises:
         ValueError: if the file is not a complete checkpoint of such a network; the message names it.
     """
-    return rebuild(path, *read_saved(path))
+    with naming(path):
+        return rebuild(path, *read_saved(path))
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """A block in which whatever is wrong with a checkpoint's content is a `ValueError` that names the file."""
+    try:
+        yield
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # a file may hold anything
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        reason = f"it has no {error}" if isinstance(error, KeyError) else f"{error}".partition("\n")[0]
+        raise ValueError(f"{path} is no checkpoint that gudlib {__version__} can read: {reason}") from error
 
 
 def rebuild(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Denoiser:
@@ -162,15 +181,40 @@ def rebuild(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]
     kind = options.pop("kind")
     if kind not in networks.KINDS:
         raise ValueError(f"{path} holds a network of kind {kind!r}; use gudlib.mar.load")
-    reference = saved_reference(tensors, header)
-    network = _network(kind, reference.basis, tensors["network.levels.groups"], options)
-    network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
+    reference, groups = saved_reference(tensors, header), tensors["network.levels.groups"]
+    if groups.shape != reference.prior.mean.shape or groups.min() < 0 or groups.max() >= groups.numel():
+        raise ValueError(f"network.levels.groups must number the components' groups; got {checks.what(groups)}")
+    network = saved_network(lambda: _network(kind, reference.basis, groups, dict(options)), tensors)
     return Denoiser(network, reference, header.get("noised")).eval()
+
+
+def saved_network(make: Callable[[], Network], tensors: dict[str, Tensor]) -> Network:
+    """A network with the tensors of a file, which are compared with those it has before memory is asked for.
+
+    Raises:
+        ValueError: if one is missing, or of another shape.
+    """
+    given = {name.removeprefix("network."): x for name, x in tensors.items() if name.startswith("network.")}
+    with torch.device("meta"):
+        wanted = make().state_dict()
+    for name in sorted(wanted.keys() | given.keys()):
+        shapes = [f"shape {tuple(each[name].shape)}" if name in each else "none" for each in (wanted, given)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"network.{name}: expected {shapes[0]}, found {shapes[1]}")
+    network = make()
+    network.load_state_dict(given)
+    return network
 
 
 def saved_reference(tensors: dict[str, Tensor], header: dict[str, Any]) -> Reference:
     """The reference of what `read_saved` read, with basis and prior in float32 as `build` makes them."""
-    shape = tuple(header["shape"])
+    channels, height, width = (checks.whole("shape", size) for size in header["shape"])
+    shape = channels, height, width
+    if tuple(tensors["prior.mean"].shape) != shape:
+        raise ValueError(f"prior.mean must have shape {shape}; got {tuple(tensors['prior.mean'].shape)}")
+    for name, values in tensors.items():
+        if values.is_floating_point():
+            checks.finite(name, values)
     if header["basis"]["name"] == "pca":
         basis: bases.Basis = bases.PCA(tensors["basis.matrix"], shape, tensors["basis.eigenvalues"])
     elif header["basis"]["name"] == "blocks":
@@ -180,7 +224,7 @@ def saved_reference(tensors: dict[str, Tensor], header: dict[str, Any]) -> Refer
     moments = Moments(tensors["prior.mean"], tensors["prior.variance"], header["floor"])
     tables = {k.removeprefix("table."): v for k, v in tensors.items() if k.startswith("table.")}
     name = header.get("reference", IndependentGaussian.name)
-    return references.rebuild(name, basis.float(), Prior(moments, tensors["prior.scale"]), tables)
+    return references.rebuild(name, basis.float(), Prior(moments, tensors["prior.scale"]).float(), tables)
 
 
 def card(path: str | Path) -> dict[str, Any]:
@@ -225,6 +269,7 @@ def _named(denoiser: Denoiser) -> dict[str, Tensor]:
     """Tensors as files name them: `network`, `basis`, `prior` and, of the reference, `table`."""
     named = {}
     for key, value in denoiser.state_dict().items():
+        key = key.replace("._orig_mod.", ".")  # of a compiled network
         own = key.removeprefix("reference.")
         named[key if own == key else own if own.startswith(("basis.", "prior.")) else f"table.{own}"] = value
     return named

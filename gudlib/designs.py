@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from gudlib import bases, likelihood, metrics, priors, references, samplers, statistics
+from gudlib import bases, checks, likelihood, metrics, priors, references, samplers, statistics
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser, build
 from gudlib.families import FINEST, Family, Range, Sequential, SoftConditioning
@@ -85,6 +85,7 @@ class FittedDesign:
     """
 
     def __init__(self, design: Design, images: UInt8[Tensor, "n c h w"], seed: int = 0, few: bool = False) -> None:
+        checks.grey("images", images, least=2)
         self.design, shape = design, (images.shape[1], images.shape[2], images.shape[3])
         self.of_waves = False
         if few and design.basis == "pca":
@@ -99,6 +100,8 @@ class FittedDesign:
         else:
             moments = priors.measure(self.basis, images)
             mean, variance = moments.mean, moments.variance
+        if not float(variance.max()) > 1.000001 * statistics.WITHIN_LEVEL:
+            raise ValueError("images must differ from one another; these are all the same")
         if design.basis in ONE_VARIANCE:
             variance = torch.full_like(mean, float(variance.mean() + mean.var(correction=0)))
             mean = torch.full_like(mean, float(mean.mean()))
@@ -194,12 +197,21 @@ def principal(images: statistics.Images, noise: float = 0.0) -> tuple[bases.PCA,
 
     Returns:
         The basis, fitted to all images, with the variances of the noise added; and whether it is that of waves.
+
+    Raises:
+        ValueError: for fewer images, or too few for a covariance without noise; for noise below 0.
     """
+    checks.images("images", images, least=4)
+    noise = checks.real("noise", noise, least=0)
     unseen, seen = images.tensor_split([max(len(images) // 5, 2)])
     mean, own = statistics.covariance(seen)
     waves = bases.PCA.of_waves(own, shape_of(mean))
     away = (statistics.centres(unseen[:2000]) - mean).flatten(1)
-    root = torch.linalg.cholesky(own[0] + noise * torch.eye(mean.numel(), dtype=own.dtype, device=own.device))
+    root, failed = torch.linalg.cholesky_ex(
+        own[0] + noise * torch.eye(mean.numel(), dtype=own.dtype, device=own.device)
+    )
+    if int(failed):
+        raise ValueError(f"images must be more, or noise above 0: {len(seen)} images have a singular covariance")
     variance = waves.eigenvalues[0] + noise
     nll = (
         torch.linalg.solve_triangular(root, away.T, upper=False).square().sum(0).mean()

@@ -4,6 +4,7 @@ A writer fills a draft of a name of its own beside the target and then puts it t
 old file or the new one, however many write. Tensors go to safetensors files with a header in JSON.
 """
 
+import hashlib
 import json
 import os
 import uuid
@@ -76,11 +77,24 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Any], header: dict[str, Any]) -> None:
-    """Write named tensors, from whatever device, and a JSON header as one safetensors file."""
+    """Write named tensors, from whatever device, and a JSON header as one safetensors file, with a digest of both."""
     from safetensors.torch import save
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write(path, save(whole, {"header": json.dumps(header)}))
+    text = json.dumps(header, default=_plain)
+    names, _, data = _parts(save(whole))
+    write(path, save(whole, {"header": text, "sha256": _digest(names, text, data)}))
+
+
+def _parts(content: bytes) -> tuple[dict[str, Any], dict[str, str], bytes]:
+    """Of a safetensors file: names, types and shapes, the texts beside them, and the tensors' bytes."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    names = json.loads(content[8:start])
+    return names, names.pop("__metadata__", {}), content[start:]
+
+
+def _digest(names: dict[str, Any], text: str, data: bytes) -> str:
+    return hashlib.sha256(json.dumps([names, text], sort_keys=True).encode() + data).hexdigest()
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -88,7 +102,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated or not one of ours.
+        ValueError: if it is truncated, not one of ours, or not as it was written (files before version 0.4 don't tell);
+            it is named.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -98,7 +113,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     content = Path(path).read_bytes()
     try:
         tensors = load(content)  # it checks sizes and offsets
-        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        return tensors, json.loads(metadata["header"])
-    except (SafetensorError, KeyError, ValueError) as error:
+        names, texts, data = _parts(content)
+        header = json.loads(texts["header"])
+        if not isinstance(header, dict):
+            raise ValueError("its header is no mapping")
+        if texts.get("sha256") not in (None, _digest(names, texts["header"], data)):
+            raise ValueError("it is not as it was written: its digest is another one")
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a complete gudlib checkpoint: {error}") from error
+    return tensors, header

@@ -37,6 +37,8 @@ from jaxtyping import Bool, Float, Int8, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gudlib import checks
+
 Fields = Float[Tensor, "*n size size"]
 Coarse = Float[Tensor, "*n coarse coarse"]
 Spins = Int8[Tensor, "*n size size"]
@@ -146,9 +148,11 @@ def phi4(
     Raises:
         ValueError: if the action is not bounded from below, or a count is below 1.
     """
-    _expect(coupling >= 0, f"coupling must not be negative; got {coupling}")
+    checks.real("coupling", coupling, least=0)
+    checks.real("mass2", mass2)
+    checks.real("step", step, above=0)
     _expect(mass2 > 0 or coupling > 0, f"mass2 must be positive where coupling is 0; got {mass2}")
-    _expect(steps >= 1, f"steps must be at least 1; got {steps}")
+    checks.whole("steps", steps)
     minimum = math.sqrt(max(-mass2, 0) / (4 * coupling)) if coupling else 0.0
     signs = 1 - 2 * (torch.arange(chains, device=generator.device) % 2)
 
@@ -276,7 +280,7 @@ def kaufman_energy(temperature: float, size: int) -> float:
 
 def block(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
     """b^Delta times the averages over blocks of b x b sites, (*n, size / b, size / b)."""
-    size = _coarse(fields, factor)
+    fields, size = _coarse(fields, factor)
     return factor**delta * fields.unflatten(-1, (size, factor)).unflatten(-3, (size, factor)).mean((-1, -3))
 
 
@@ -291,7 +295,8 @@ def shell(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
 
     Where size / b is even, the shortest stem from two, n = +- size / 2b: their sum over sqrt 2 keeps the variance.
     """
-    size, waves = _coarse(fields, factor), torch.fft.fft2(fields, norm="ortho")
+    fields, size = _coarse(fields, factor)
+    waves = torch.fft.fft2(fields, norm="ortho")
     for dim in (-1, -2):
         n = torch.fft.fftfreq(size, 1 / size, device=waves.device).round().long()
         low = waves.index_select(dim, n % fields.shape[dim])
@@ -343,7 +348,9 @@ def couplings(propagator: Propagator) -> Float[Tensor, "3"]:
 
 def power(fields: Tensor) -> Fields:
     """|F(k)|^2 of each field, whose mean is the propagator, or structure factor."""
-    return torch.fft.fft2(fields if fields.is_floating_point() else fields.float(), norm="ortho").abs().square()
+    fields = checks.lattice("fields", fields)
+    waves = torch.fft.fft2(fields if fields.is_floating_point() else fields.float(), norm="ortho")
+    return checks.finite("fields, squared,", waves.abs().square())
 
 
 def correlation(spectrum: Fields) -> Fields:
@@ -394,10 +401,12 @@ def _coins(shape: torch.Size, generator: torch.Generator) -> Spins:
     return 2 * torch.randint(2, shape, generator=generator, dtype=torch.int8, device=generator.device) - 1
 
 
-def _coarse(fields: Tensor, factor: int) -> int:
+def _coarse(fields: Tensor, factor: int) -> tuple[Tensor, int]:
+    """The fields, floating, and the size of the coarse lattice."""
+    fields = checks.lattice("fields", fields)
     size = fields.shape[-1]
-    _expect(factor >= 1 and size % factor == 0, f"factor must divide the lattice size {size}; got {factor}")
-    return size // factor
+    _expect(factor >= 1 and size % factor == 0, f"factor must divide the size of the fields, {size}; got {factor}")
+    return fields if fields.is_floating_point() else fields.float(), size // factor
 
 
 def _expect(right: bool, message: str) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torchdiffeq import odeint
 
+from gudlib import checks
 from gudlib.data import scale, to_uint8
 from gudlib.exact import gaussian_eps
 from gudlib.importance import Proposal
@@ -198,7 +199,8 @@ def bound(
         chunk: images at a time, which bounds the memory.
 
     Raises:
-        ValueError: for a decoder that is unknown or does not apply, or sizes below 1.
+        ValueError: for a decoder that is unknown or does not apply, sizes below 1, or images that are not data
+            (`checks.data`).
     """
     white = _checked(process, data, decoder, draws=draws, chunk=chunk, steps=1 if steps is None else steps)
     decode, c, n = DECODERS[decoder](process), _variance(process).to(white), len(white)
@@ -274,8 +276,9 @@ def flow(
         chunk: images in one solve.
 
     Raises:
-        ValueError: as `bound`.
+        ValueError: as `bound`, and for a tolerance not above 0.
     """
+    tolerance = checks.real("tolerance", tolerance, above=0)
     white = _checked(process, data, decoder, draws=draws, chunk=chunk)
     decode, gamma = DECODERS[decoder](process), process.schedule.gamma(0.0).to(white)
     prior, diffusion, reconstruction, nfe = [], [], [], []
@@ -336,11 +339,10 @@ def _variance(process: Process) -> Float[Tensor, "c h w"]:
 
 
 def _checked(process: Process, data: Batch, decoder: str, **sizes: int) -> Batch:
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder must be one of {sorted(DECODERS)}; got {decoder!r}")
+    checks.one_of("decoder", decoder, sorted(DECODERS))
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1; got {size}")
+        checks.whole(name, size)
+    checks.data("data", data, process.schedule.shape)
     if tuple(process.schedule.batch):
         raise ValueError(f"the schedule must be one for all images; it has a batch of {tuple(process.schedule.batch)}")
     return process.white(data.double())

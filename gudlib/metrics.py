@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from gudlib import checks
 from gudlib.data import to_uint8
 from gudlib.files import CHECKPOINTS, IN_REPOSITORY, read_tensors, with_repository
 
@@ -49,6 +50,7 @@ class Classifier(nn.Module):
             nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 7 * 7, self.num_features), nn.SiLU(),
         )  # fmt: skip
         self.head = nn.Linear(self.num_features, 10)
+        self.float()  # whatever torch's default is
 
     def forward(self, images: Images) -> Float[Tensor, "n 128"]:
         """Features of images."""
@@ -104,6 +106,8 @@ def features(name: str = "fashion") -> nn.Module:
 @torch.no_grad()
 def embed(images: Images, extractor: nn.Module, chunk: int = 256) -> Float[Tensor, "n d"]:
     """Features of all images, `chunk` at a time, found on the extractor's device and given on the images'."""
+    chunk = checks.whole("chunk", chunk)
+    checks.data("images", images)
     where = _device(extractor, images)
     return torch.cat([extractor(part.to(where)).to(images.device) for part in images.split(chunk)])
 
@@ -122,7 +126,12 @@ class Distance:
 
 
 def frechet(real: Images, generated: Others, extractor: nn.Module, chunk: int = 256) -> Distance:
-    """Frechet distance of features. It is biased upwards for few images: compare equal numbers only."""
+    """Frechet distance of features. It is biased upwards for few images: compare equal numbers only.
+
+    Raises:
+        ValueError: for images that are not data (`checks.data`), not of one shape, or too few.
+    """
+    chunk = checks.whole("chunk", chunk)
     _enough(real, generated, 2)
     where = _device(extractor, real)
     metric = FrechetInceptionDistance(feature=extractor).to(where)
@@ -143,7 +152,12 @@ class Coverage:
 
 
 def coverage(real: Images, generated: Others, extractor: nn.Module, k: int = 3) -> Coverage:
-    """Precision and recall: an image counts if it lies within the k-th-neighbour distance of one of the other set."""
+    """Precision and recall: an image counts if it lies within the k-th-neighbour distance of one of the other set.
+
+    Raises:
+        ValueError: for images that are not data (`checks.data`), not of one shape, or too few.
+    """
+    k = checks.whole("k", k)
     _enough(real, generated, k + 1)
     f, g = embed(real, extractor).double(), embed(generated, extractor).double()
     reach_f, reach_g = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (f, g))  # itself is the first
@@ -158,7 +172,14 @@ def memorised(generated: Images, training: Others, held_out: Float[Tensor, "k c 
 
     Distances are Euclidean, in pixels. A model that has memorised nothing scores about `share`, one that copies 1; but
     so do images that are near everything, such as blank ones.
+
+    Raises:
+        ValueError: for images that are not data (`checks.data`), or not of one shape.
     """
+    share = checks.real("share", share, least=0, most=1)
+    for name, images in {"generated": generated, "training": training, "held_out": held_out}.items():
+        checks.data(name, images, getattr(generated, "shape", ())[1:] or None)
+    generated, training, held_out = map(checks.single, (generated, training, held_out))
     near, usual = (torch.cdist(x.flatten(1), training.flatten(1)).amin(1) for x in (generated, held_out))
     return float((near < usual.quantile(share)).double().mean())
 
@@ -167,7 +188,11 @@ def spectrum_error(real: Images, generated: Others) -> float:
     """Root mean square of log10 of the ratio of power, over rings of one wave per picture in wavenumber.
 
     0.3 is a factor of two. The mean image is part of the power.
+
+    Raises:
+        ValueError: for images that are not data (`checks.data`), or not of one shape.
     """
+    _enough(real, generated, 1)
     power = []
     for images in (real, generated):
         waves = torch.fft.fft2(images.double()).abs().square().mean((0, 1))
@@ -176,6 +201,10 @@ def spectrum_error(real: Images, generated: Others) -> float:
         inside = ring <= min(waves.shape) // 2
         ring, flat = ring[inside], waves.flatten()[inside]
         power.append(torch.bincount(ring, flat) / torch.bincount(ring))
+    for name, each in zip(("real", "generated"), power, strict=True):
+        if not bool((each > 0).all()):
+            none = int(each.argmin())
+            raise ValueError(f"{name} images must have waves of all lengths; there are none of {none} to a picture")
     return float((power[1] / power[0]).log10().square().mean().sqrt())
 
 
@@ -185,6 +214,8 @@ def _device(extractor: nn.Module, images: Tensor) -> torch.device:
 
 
 def _enough(real: Tensor, generated: Tensor, least: int) -> None:
+    checks.data("real", real)
+    checks.data("generated", generated)
     if real.shape[1:] != generated.shape[1:]:
         raise ValueError(
             f"real and generated images must have one shape; got {tuple(real.shape)}, {tuple(generated.shape)}"

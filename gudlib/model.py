@@ -172,9 +172,11 @@ class GUD:
             ValueError: if it is something else; it says what, and what opens it.
         """
         tensors, header = denoiser.read_saved(path)
-        built = denoiser.rebuild(path, tensors, header)
-        family = families.rebuild(header["family"], built.basis, built.prior) if header.get("family") else None
-        return cls(built, family, header.get("recommended"), header["card"]).to(device or devices.default())
+        with denoiser.naming(path):
+            built = denoiser.rebuild(path, tensors, header)
+            family = families.rebuild(header["family"], built.basis, built.prior) if header.get("family") else None
+            model = cls(built, family, header.get("recommended"), header["card"])
+        return model.to(device or devices.default())
 
     def save(self, path: str | Path, half: bool = False) -> None:
         """Write the model to one safetensors file, whole or not at all.

@@ -41,6 +41,8 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gudlib import checks
+
 KINDS = ("unet", "transformer")
 CONDITIONINGS = ("film", "attention", "map", "local")
 EMBEDDED = ("film", "local")  # those with an embedding of the noise levels in every block
@@ -134,9 +136,10 @@ class ConvBlock(nn.Module):
 class Attention(nn.Module):
     """The image attends to itself, or to tokens (batch, token, dim); residual, starting as the identity."""
 
-    def __init__(self, channels: int, tokens: int | None = None, heads: int = 4) -> None:
+    heads = 4
+
+    def __init__(self, channels: int, tokens: int | None = None) -> None:
         super().__init__()
-        self.heads = heads
         self.norm = _norm(channels)
         self.query = nn.Linear(channels, channels)
         self.key_value = nn.Linear(tokens or channels, 2 * channels)
@@ -191,7 +194,8 @@ class UNet(nn.Module):
             is used at once and not kept.
 
     Raises:
-        ValueError: if height or width cannot be folded and halved that often, for an unknown conditioning, for `local`
+        ValueError: for sizes below 1, or a dropout outside [0, 1); if height or width cannot be folded and halved that
+            often, or the width not be divided among the heads of attention; for an unknown conditioning, for `local`
             without `inverse`, or for a linear path without an embedding to gate it (`film`, `local`).
     """
 
@@ -212,15 +216,24 @@ class UNet(nn.Module):
         inverse: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        inputs, width, patch = (checks.whole(*x) for x in (("inputs", inputs), ("width", width), ("patch", patch)))
+        if not isinstance(multipliers, list | tuple) or not multipliers:
+            raise ValueError(f"multipliers must hold a number for each resolution; got {multipliers!r}")
+        multipliers = tuple(checks.whole("multipliers", m) for m in multipliers)
+        linear, dropout = checks.whole("linear", linear, 0), checks.real("dropout", dropout, least=0, below=1)
         channels, height, w = shape
+        attending = multipliers if conditioning == "attention" else multipliers[-1:]
+        if any(width * m % Attention.heads for m in attending):
+            raise ValueError(
+                f"width must be such that {Attention.heads} heads of attention divide {attending} times it; got {width}"
+            )
         fold = patch * 2 ** (len(multipliers) - 1)
         if height % fold or w % fold:
             raise ValueError(
                 f"height and width must be multiples of {fold} (patch {patch}, {len(multipliers)} resolutions); "
                 f"got {height} x {w}"
             )
-        if conditioning not in CONDITIONINGS:
-            raise ValueError(f"conditioning must be one of {CONDITIONINGS}; got {conditioning!r}")
+        checks.one_of("conditioning", conditioning, CONDITIONINGS)
         if conditioning == "local" and inverse is None:
             raise ValueError("conditioning 'local' needs inverse, the map from components to images; got None")
         if linear and conditioning not in EMBEDDED:
@@ -232,8 +245,9 @@ class UNet(nn.Module):
         }  # fmt: skip
         self.patch, self.conditioning, self.channels = patch, conditioning, channels
         self.fourier, self.maps, self.linear, self.linear_all = fourier, maps, linear, linear_all
-        energy = energies(inverse, shape, patch) if inverse is not None and conditioning == "local" else None
-        self.levels = GammaGroups(groups, energy)
+        with torch.device("cpu"):  # where groups and inverse are, whatever the parameters are made on
+            energy = energies(inverse, shape, patch) if inverse is not None and conditioning == "local" else None
+            self.levels = GammaGroups(groups, energy)
         count, dim = self.levels.pool.shape[1], (4 if energy is None else 2) * width
         if conditioning in EMBEDDED:
             self.embed = nn.Sequential(nn.Linear(count * 9, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
@@ -277,6 +291,7 @@ class UNet(nn.Module):
             self.filters = nn.Conv2d(inputs if linear_all else given, linear * channels, 7, padding=3, bias=False)
             self.gate = nn.Linear(dim, linear)
             nn.init.zeros_(self.filters.weight)
+        self.float()  # whatever torch's default is
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 15 % faster on a CPU
 
     def forward(
@@ -377,9 +392,8 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         channels, h, w = shape
-        for name, value in {"patch": patch, "width": width, "depth": depth, "heads": heads}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        sizes = {"inputs": inputs, "patch": patch, "width": width, "depth": depth, "heads": heads}
+        inputs, patch, width, depth, heads = (checks.whole(name, size) for name, size in sizes.items())
         if h % patch or w % patch:
             raise ValueError(f"height and width must be multiples of the patch, {patch}; got {h} x {w}")
         if width % heads:
@@ -412,6 +426,7 @@ class Transformer(nn.Module):
         for layer in (self.modulation, self.last, self.head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.float()  # whatever torch's default is
 
     def forward(
         self, images: Float[Tensor, "b inputs h w"], gamma: Float[Tensor, "b c h w"]

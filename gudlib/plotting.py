@@ -18,6 +18,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from torch import Tensor
 
+from gudlib import checks
 from gudlib.bases import Basis
 from gudlib.process import Process
 from gudlib.schedules import Schedule
@@ -51,6 +52,8 @@ def use_style() -> None:
 
 def image(ax: Axes, picture: Float[Tensor, "c h w"], title: str = "", limits: tuple[float, float] = (-1, 1)) -> Axes:
     """Draw one image, grey or RGB, without axes; `limits` are the values shown as black and white."""
+    if not isinstance(picture, Tensor) or picture.ndim != 3 or not picture.is_floating_point():
+        raise ValueError(f"picture must be data of shape (c, h, w); got {checks.what(picture)}")
     shown = ((picture.detach().cpu().float() - limits[0]) / (limits[1] - limits[0])).clamp(0, 1)
     ax.imshow(shown.permute(1, 2, 0).numpy() if len(shown) == 3 else shown[0].numpy(), cmap="gray", vmin=0, vmax=1)
     ax.set_title(title, fontsize="small")
@@ -94,7 +97,7 @@ def image_rows(
 
 def sample_grid(pictures: Float[Tensor, "n c h w"], columns: int = 8, title: str = "", size: float = 0.8) -> Axes:
     """All images as one mosaic with thin gaps, `columns` to a row."""
-    n, c, h, w = pictures.shape
+    n, c, h, w = checks.data("pictures", pictures).shape
     rows = -(-n // columns)
     sheet = torch.ones(c, rows * (h + 1) - 1, columns * (w + 1) - 1)
     for k, picture in enumerate(pictures.detach().cpu().clamp(-1, 1)):

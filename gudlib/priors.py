@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gudlib import statistics
+from gudlib import checks, statistics
 
 Components = Float[Tensor, "b c h w"]
 PerComponent = Float[Tensor, "c h w"]
@@ -68,10 +68,10 @@ def measure(
         symmetries: `none`, `mirror` or `all`, measure all mirror images too (`statistics.mirrored`).
 
     Raises:
-        ValueError: if there are fewer than two images, symmetries are unknown, or `all` of images that are not square.
+        ValueError: if there are fewer than two images, they are neither grey levels nor data, symmetries are unknown,
+            or `all` of images that are not square.
     """
-    if len(images) < 2:
-        raise ValueError(f"images must be at least two, to have a variance; got {len(images)}")
+    checks.images("images", images, least=2)
     parts = images.split(statistics.CHUNK)
     near = basis(statistics.centres(parts[0])).double().mean(0)  # close to the mean, so that no digits cancel below
     count, first, second = 0, torch.zeros_like(near), torch.zeros_like(near)

@@ -32,6 +32,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gudlib import checks
 from gudlib.bases import Basis, Blocks, Pixel
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.exact import gaussian_eps
@@ -145,6 +146,7 @@ class Reference(nn.Module, ABC):
 
     def bits(self, images: Grey) -> Float[Tensor, " n"]:
         """NLL of each image in bits per dimension; where it is a density, of images dequantised with a fixed seed."""
+        checks.grey("images", images, self.basis.shape)
         if self.decoder == "discrete":
             width, data = 1.0, scale(images)
         else:
@@ -382,7 +384,7 @@ class Histograms(_GreyLevels):
         Raises:
             ValueError: if images are not uint8, or sectors fewer than 1 or more than images.
         """
-        _checked(images)
+        checks.grey("images", images, basis.shape)
         if not 1 <= sectors <= len(images):
             raise ValueError(f"sectors must lie between 1 and the number of images, {len(images)}; got {sectors}")
         x = images.flatten(1).long()
@@ -452,7 +454,7 @@ class PatchHistograms(_GreyLevels):
         Raises:
             ValueError: if images are not uint8, or not made of such patches.
         """
-        _checked(images)
+        checks.grey("images", images)
         x, shape, size = images.flatten(1).long(), shape_of(images[0]), basis.shape[-1]
         if basis.shape != (shape[0], size, size) or shape[1] % size or shape[2] % size:
             raise ValueError(f"images must be made of patches {basis.shape}, as the basis has them; got {shape}")
@@ -530,7 +532,7 @@ class Marginals(_Pyramid):
         Raises:
             ValueError: if it is none, or images are not uint8.
         """
-        _checked(images)
+        checks.grey("images", images, basis.shape)
         if bins < 2 or bins & (bins - 1):
             raise ValueError(f"bins must be a power of 2, at least 2; got {bins}")
         parts = [basis(centres(part)).flatten(1).double() for part in images.split(1000)]
@@ -641,7 +643,7 @@ class GroupedGaussian(Reference):
         Raises:
             ValueError: if images are not uint8, or fewer, mirror images included, than twice a group's components.
         """
-        _checked(images)
+        checks.grey("images", images, basis.shape)
         if not isinstance(basis, Blocks):
             raise ValueError(f"basis must be one of blocks (bases.Blocks); it is {basis.name!r}")
         c, h, _ = basis.shape
@@ -839,6 +841,7 @@ def fit(name: str, basis: Basis, prior: Prior, images: Grey) -> Reference:
         ValueError: for an unknown name, or a basis, prior or images that do not suit it.
     """
     if name == Histograms.name:
+        checks.grey("images", images, basis.shape)
         sectors = min(len(images) // 150, 32, LARGEST // images[0].numel())
         return Histograms.fit(basis, prior, images, max(sectors, 1))
     if name not in KINDS:
@@ -854,14 +857,10 @@ def best(names: Sequence[str], basis: Basis, prior: Prior, images: Grey) -> Refe
         basis, prior: of all of them; the prior's moments, a few numbers, may be those of all images.
         images: uint8 (n, c, h, w), in random order.
     """
+    checks.grey("images", images, basis.shape, least=2)
     unseen, seen = images.tensor_split([max(len(images) // 5, 1)])
     bits = {name: float(fit(name, basis, prior, seen).bits(unseen[:500]).mean()) for name in names}
     return fit(min(bits, key=lambda name: bits[name]), basis, prior, images)
-
-
-def _checked(images: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"images must be uint8 (n, c, h, w); got {images.dtype} of shape {tuple(images.shape)}")
 
 
 def _counts(x: Int64[Tensor, "n d"], sector: Int64[Tensor, " n"], sectors: int) -> Float[Tensor, "k d 256"]:
@@ -908,7 +907,8 @@ def _sectors(x: Int64[Tensor, "n d"], sectors: int, seed: int) -> Int64[Tensor, 
     def binned(x: Tensor) -> Tensor:
         return torch.where(x == 0, 0, 1 + x * (bins - 1) // LEVELS) + torch.arange(d, device=x.device) * bins
 
-    pixels, ones = some.float(), torch.zeros(len(some), d * bins, device=x.device).scatter_(1, binned(some), 1.0)
+    pixels = some.float()
+    ones = pixels.new_zeros(len(some), d * bins).scatter_(1, binned(some), 1.0)
     centres = pixels[:sectors]
     share, usual = pixels.new_zeros(len(some), sectors), ones.mean(0)
     for _ in range(6):

@@ -53,6 +53,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gudlib import checks
 from gudlib.bases import Blocks, Pixel
 from gudlib.process import Batch, Gamma, Model, Process, diffuse, from_eps
 from gudlib.schedules import alpha, held, sigma
@@ -388,7 +389,9 @@ def inpaint(
         ValueError: if the mask does not fit the process, or as `sample`.
     """
     path = process.along(held(process.schedule, known))
-    n = len(images)
+    if checks.batch("images", images).shape[1:] == known.shape[-3:]:  # else told below
+        images = torch.where(known, images, 0)
+    n = len(checks.data("images", images, process.schedule.shape))
     if tuple(path.schedule.batch) not in {(), (n,)}:
         raise ValueError(f"known and schedule must be for all {n} images or for each; got {tuple(known.shape)}")
     return sample(model, path, n, steps, method, generator, _start(path, images, known, generator), **options)

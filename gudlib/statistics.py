@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from gudlib import checks
+
 Images = Float[Tensor, "b c h w"] | UInt8[Tensor, "b c h w"]
 Plane = tuple[int, int]  # the dimensions that hold height and width
 
@@ -30,7 +32,7 @@ SYMMETRIES = ("none", "mirror", "all")
 
 def centres(images: Images) -> Float[Tensor, "b c h w"]:
     """Grey levels at their centres, (x + 1/2) / 128 - 1, float32 and exact; floating-point images as they are."""
-    return images if images.is_floating_point() else (images + 0.5) / 128 - 1
+    return images if images.is_floating_point() else (images.float() + 0.5) / 128 - 1
 
 
 def mirrored(images: Images, symmetries: str = "none") -> Float[Tensor, "gb c h w"] | UInt8[Tensor, "gb c h w"]:
@@ -44,7 +46,7 @@ def mirrored(images: Images, symmetries: str = "none") -> Float[Tensor, "gb c h 
     Raises:
         ValueError: for other symmetries, or `all` of images that are not square.
     """
-    for move in _moves(symmetries, images.shape):
+    for move in _moves(symmetries, checks.batch("images", images).shape):
         images = torch.cat([images, move(images, (2, 3))])
     return images
 
@@ -55,7 +57,7 @@ def randomly_mirrored(images: Images, symmetries: str, generator: torch.Generato
     Raises:
         ValueError: as `mirrored`.
     """
-    for move in _moves(symmetries, images.shape):
+    for move in _moves(symmetries, checks.batch("images", images).shape):
         moved = torch.randint(2, (len(images), 1, 1, 1), generator=generator, device=images.device) > 0
         images = torch.where(moved, move(images, (2, 3)), images)
     return images
@@ -72,10 +74,9 @@ def covariance(
         per_channel: each channel's covariance (g = c, n = h w) instead of that of all numbers (g = 1, n = c h w).
 
     Raises:
-        ValueError: if there are fewer than two images, or as `mirrored`.
+        ValueError: if there are fewer than two images, they are neither grey levels nor data, or as `mirrored`.
     """
-    if images.ndim != 4 or len(images) < 2:
-        raise ValueError(f"images must be at least two, (batch, channel, height, width); got {tuple(images.shape)}")
+    checks.images("images", images, least=2)
     b, c, h, w = images.shape
     g, n = (c, h * w) if per_channel else (1, c * h * w)
     moves, grey = _moves(symmetries, images.shape), images.dtype == torch.uint8

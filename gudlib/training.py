@@ -45,7 +45,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from gudlib import devices, statistics
+from gudlib import checks, devices, statistics
 from gudlib.data import dequantise, scale
 from gudlib.denoiser import Denoiser, describe
 from gudlib.families import Draw, Family, stratified_times
@@ -91,14 +91,16 @@ class TrainingConfig:
     save_every: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "warmup", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not (self.lr > 0 and 0 <= self.ema < 1):
-            raise ValueError(f"lr must be positive and ema in [0, 1); got {self.lr} and {self.ema}")
-        for name, known in (("weighting", WEIGHTINGS), ("symmetries", statistics.SYMMETRIES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}")
+        sizes = ("steps", "batch", "warmup", "save_every")
+        found: dict[str, Any] = {name: checks.whole(name, getattr(self, name)) for name in sizes}
+        found["seed"] = checks.whole("seed", self.seed, -checks.SEEDS, checks.SEEDS - 1)
+        found["lr"] = checks.real("lr", self.lr, above=0)
+        found["ema"] = checks.real("ema", self.ema, least=0, below=1)
+        found["clip"] = checks.real("clip", self.clip, above=0)
+        found["discrete"] = checks.flag("discrete", self.discrete)
+        checks.one_of("weighting", self.weighting, WEIGHTINGS)
+        checks.one_of("symmetries", self.symmetries, statistics.SYMMETRIES)
+        checks.settle(self, found)
 
 
 class Record:
@@ -150,6 +152,11 @@ def evaluate(
     return total / len(white)
 
 
+def stream_seed(seed: int, index: int) -> int:
+    """One of torch's seeds for each step of each run."""
+    return (seed * 1_000_003 + index) % checks.SEEDS
+
+
 class Loop(ABC):
     """Holds network, average, optimiser and position; `run` goes on from there, with the loss of its subclass.
 
@@ -176,11 +183,7 @@ class Loop(ABC):
     ) -> None:
         from accelerate import Accelerator
 
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != tuple(shape):
-            raise ValueError(
-                f"images must be uint8 of shape (n, {', '.join(map(str, shape))}); "
-                f"got {images.dtype} of shape {tuple(images.shape)}"
-            )
+        checks.grey("images", images, shape)
         if config.symmetries == "all" and shape[-2] != shape[-1]:
             raise ValueError(f"symmetries 'all' are of square images; these are {shape[-2]} x {shape[-1]}")
         self.config, self.checkpoint = config, checkpoint
@@ -197,6 +200,7 @@ class Loop(ABC):
         network, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
         self.denoiser = Denoiser(network, denoiser.reference, denoiser.noised)
         self.step = self._kept = 0
+        self._failed = torch.full((), -1, device=self.accelerator.device)  # first step
         if checkpoint is not None and Path(checkpoint).exists():
             self.restore(checkpoint)
 
@@ -204,6 +208,9 @@ class Loop(ABC):
         """Train to `config.steps`, yielding a record after each step; stop iterating at any time.
 
         Ctrl-C waits for the end of a step; then, as when the caller stops iterating, the checkpoint is written.
+
+        Raises:
+            FloatingPointError: if a loss is not finite, with its step; the checkpoint stays as it was.
         """
         try:
             while self.step < self.config.steps:
@@ -211,11 +218,14 @@ class Loop(ABC):
                 with _unbroken():
                     loss, by_group, lr = self._advance()
                     seconds = time.perf_counter() - start
+                    if loss.device.type == "cpu":  # elsewhere it would have to be waited for
+                        self._expect_finite()
                     if self.step % self.config.save_every == 0 or self.step == self.config.steps:
                         self._keep()
                 yield Record(self.step, loss, by_group, lr, seconds)
         except (KeyboardInterrupt, GeneratorExit):
-            self._keep()
+            if self._finite():
+                self._keep()
             raise
 
     @abstractmethod
@@ -224,7 +234,7 @@ class Loop(ABC):
 
     def stream(self, index: int) -> torch.Generator:
         """The randomness of step `index`: a stream of its own for every step leaves nothing to store for a resume."""
-        return torch.Generator(self.accelerator.device).manual_seed(self.config.seed * 1_000_003 + index)
+        return torch.Generator(self.accelerator.device).manual_seed(stream_seed(self.config.seed, index))
 
     @contextmanager
     def seeded(self, generator: torch.Generator) -> Iterator[None]:
@@ -286,7 +296,18 @@ class Loop(ABC):
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step = self._kept = header["step"]
 
+    def _finite(self) -> bool:
+        return int(self._failed) < 0 and all(bool(p.isfinite().all()) for p in self.plain.parameters())
+
+    def _expect_finite(self) -> None:
+        if not self._finite():
+            failed = int(self._failed)
+            what = f"the loss of step {failed} is" if failed >= 0 else f"weights after step {self.step} are"
+            kept = f"; {self.checkpoint} holds step {self._kept}" if self._kept else ""
+            raise FloatingPointError(f"{what} not finite: a lower lr or clip may help{kept}")
+
     def _keep(self) -> None:
+        self._expect_finite()
         if self.checkpoint and self.step != self._kept:
             self.save(self.checkpoint)
             self._kept = self.step
@@ -297,6 +318,8 @@ class Loop(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss, error = self.loss(self.step)
+        first = (self._failed < 0) & ~loss.detach().isfinite()
+        self._failed = torch.where(first, self.step + 1, self._failed)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.plain.parameters(), s.clip)
@@ -352,7 +375,7 @@ class Trainer(Loop):
         which = torch.randint(len(self.images), (n,), generator=generator, device=device)
         t, schedule = stratified_times(n, generator), self.draw(n, generator)
         data = self.data(which, generator)
-        eps = torch.randn(data.shape, generator=generator, device=device)
+        eps = torch.randn(data.shape, generator=generator, device=device, dtype=data.dtype)
 
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         gamma, eps = schedule.gamma(t)[mine].float(), eps[mine]

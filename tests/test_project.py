@@ -22,11 +22,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
 
 # A module may import those before it. Leaves import none; siblings don't know one another.
-ORDER = """files devices lattice statistics bases priors schedules families process exact zoo networks data importance
-    likelihood references denoiser training samplers windows baselines metrics mar.networks mar.model
+ORDER = """files devices checks lattice statistics bases priors schedules families process exact zoo networks data
+    importance likelihood references denoiser training samplers windows baselines metrics mar.networks mar.model
     mar.training mar.sampling mar.likelihood mar designs plotting model book book.claims book.parameters book.notebooks
     book.runs book.doctor __main__""".split()
-LEAVES = {"files", "devices", "lattice", "statistics", "schedules", "networks", "book"}
+LEAVES = {"files", "devices", "checks", "book"}
 SIBLINGS = {"training", "samplers", "likelihood"}
 TAGS = ("navigation", "parameters", "nbval-check-output")
 

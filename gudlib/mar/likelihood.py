@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gudlib import likelihood
+from gudlib import checks, likelihood
 from gudlib.mar.model import patchify, permutations, white_tokens
 from gudlib.mar.networks import Labels, Permutation, Tokens
 from gudlib.process import Batch, Model, Process
@@ -66,8 +66,11 @@ def chain_rule_bound(
         chunk: images at a time, which bounds the memory.
 
     Raises:
-        ValueError: if cuts do not rise from 0 to L; and as `likelihood.bound`.
+        ValueError: if cuts do not rise from 0 to L, or the images are not of patches; and as `likelihood.bound`.
     """
+    checks.data("data", data)
+    if data.shape[1] != (channels := process.schedule.shape[0]):
+        raise ValueError(f"data must have {channels} channels, as the process has; got shape {tuple(data.shape)}")
     tokens = white_tokens(process.basis, process.prior, data.double())
     n, count = tokens.shape[:2]
     if [cuts[0], cuts[-1]] != [0, count] or any(a >= b for a, b in pairwise(cuts)):

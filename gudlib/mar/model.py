@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gudlib import bases, denoiser, priors
+from gudlib import bases, checks, denoiser, priors
 from gudlib.denoiser import Denoiser
 from gudlib.mar.networks import KINDS, Cache, Labels, Network, Permutation, Tokens, patch_count
 from gudlib.process import Batch, Gamma, Model, Process
@@ -23,6 +23,7 @@ def patchify(images: Batch, size: int) -> Tokens:
     Raises:
         ValueError: if the patch size does not divide height and width.
     """
+    checks.batch("images", images)
     patch_count(images.shape[-2], images.shape[-1], size)
     return functional.pixel_unshuffle(images, size).flatten(2).mT
 
@@ -149,11 +150,12 @@ def load(path: str | Path) -> Autoregressor:
         ValueError: if the file is not a complete checkpoint, or one of another network.
     """
     tensors, header = denoiser.read_saved(path)
-    if header["network"]["kind"] not in KINDS:
-        raise ValueError(f"{path} holds a network of kind {header['network']['kind']!r}; use denoiser.load")
-    network = Network(**header["network"])
-    network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
-    return Autoregressor(network, denoiser.saved_reference(tensors, header)).eval()
+    with denoiser.naming(path):
+        if header["network"]["kind"] not in KINDS:
+            raise ValueError(f"{path} holds a network of kind {header['network']['kind']!r}; use denoiser.load")
+        reference = denoiser.saved_reference(tensors, header)
+        network = denoiser.saved_network(lambda: Network(**header["network"]), tensors)
+        return Autoregressor(network, reference).eval()
 
 
 def white_tokens(basis: bases.Basis, prior: priors.Prior, images: Batch) -> Tokens:

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gudlib import checks
 from gudlib.networks import GammaGroups
 
 KINDS = ("raster", "random", "masked")
@@ -212,7 +213,8 @@ class Network(nn.Module):
         head: (depth, width) of the head.
 
     Raises:
-        ValueError: for an unknown kind, a patch size that does not divide the image, or heads that don't the width.
+        ValueError: for an unknown kind, sizes below 1, classes below 0, a dropout outside [0, 1), a patch size that
+            does not divide the image, or heads that don't the width.
     """
 
     def __init__(
@@ -220,8 +222,19 @@ class Network(nn.Module):
         heads: int = 4, buffer: int = 4, head: Sequence[int] = (3, 128), dropout: float = 0.1,
     ) -> None:  # fmt: skip
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}; got {kind!r}")
+        checks.one_of("kind", kind, KINDS)
+        if len(image) != 3 or len(head) != 2:
+            raise ValueError(f"image must be (c, h, w) and head (depth, width); got {tuple(image)} and {tuple(head)}")
+        sizes = {"size": size, "width": width, "depth": depth, "heads": heads, "buffer": buffer}
+        size, width, depth, heads, buffer = (checks.whole(name, value) for name, value in sizes.items())
+        classes, dropout = checks.whole("classes", classes, 0), checks.real("dropout", dropout, least=0, below=1)
+        image, head = (
+            [checks.whole(*pair) for pair in zip(names, values, strict=True)]
+            for names, values in (
+                (("channels", "height", "width of the image"), image),
+                (("depth of the head", "width of the head"), head),
+            )
+        )
         self.config: dict[str, Any] = {
             "kind": kind, "image": list(image), "size": size, "classes": classes, "width": width, "depth": depth,
             "heads": heads, "buffer": buffer, "head": list(head), "dropout": dropout,
@@ -240,6 +253,7 @@ class Network(nn.Module):
                 nn.init.normal_(part.weight, std=0.02)
         for part in (*(layer.modulation for layer in self.head.layers), self.head.modulation, self.head.out):
             nn.init.zeros_(part.weight)  # type: ignore[arg-type]
+        self.float()  # whatever torch's default is
 
     def forward(
         self,

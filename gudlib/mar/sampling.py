@@ -79,7 +79,8 @@ def generate(
         raise ValueError(f"guidance = {guidance} needs labels")
     check_labels(labels, n, network.classes)
     permutation = permutations(network.kind == "raster", n, network.count, generator)
-    tokens = torch.zeros(n, network.count, math.prod(model.basis.shape), device=generator.device)
+    size = n, network.count, math.prod(model.basis.shape)
+    tokens = torch.zeros(size, dtype=torch.float32, device=generator.device)
     process, cache = model.process(schedule), network.trunk.cache()
     for (start, stop), inner in zip(pairwise(cuts), each, strict=True):
         w = 1 + (guidance - 1) * stop / network.count

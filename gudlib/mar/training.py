@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from gudlib import checks
 from gudlib.denoiser import Denoiser
 from gudlib.families import stratified_times
 from gudlib.mar.model import Autoregressor, Conditioned, check_labels, permutations
 from gudlib.mar.networks import Network
 from gudlib.process import diffuse
 from gudlib.schedules import Schedule
-from gudlib.training import Loop, TrainingConfig, probe
+from gudlib.training import Loop, TrainingConfig, probe, stream_seed
 
 
 def mask_ratio(lowest: float, spread: float, generator: torch.Generator) -> float:
@@ -46,12 +47,13 @@ class MarTrainingConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.repeats < 1:
-            raise ValueError(f"repeats must be at least 1; got {self.repeats}")
-        if not 0 <= self.drop <= 1:
-            raise ValueError(f"drop must lie between 0 and 1; got {self.drop}")
-        if not (0 <= self.masking[0] < 1 and self.masking[1] > 0):
-            raise ValueError(f"masking must be (lowest in [0, 1), spread > 0); got {self.masking}")
+        if not isinstance(self.masking, list | tuple) or len(self.masking) != 2:
+            raise ValueError(f"masking must be (lowest, spread); got {self.masking!r}")
+        lowest = checks.real("masking's lowest ratio", self.masking[0], least=0, below=1)
+        spread = checks.real("masking's spread", self.masking[1], above=0)
+        drop = checks.real("drop", self.drop, least=0, most=1)
+        found = {"repeats": checks.whole("repeats", self.repeats), "drop": drop, "masking": (lowest, spread)}
+        checks.settle(self, found)
 
 
 class MarTrainer(Loop):
@@ -104,12 +106,12 @@ class MarTrainer(Loop):
         permutation = permutations(network.kind == "raster", s.batch, network.count, generator)
         start = 0
         if network.kind == "masked":
-            host = torch.Generator().manual_seed(s.seed * 1_000_003 + index + 500_000)  # a number for the host to know
+            host = torch.Generator().manual_seed(stream_seed(s.seed, index + 500_000))  # a number for the host to know
             start = network.count - math.ceil(network.count * mask_ratio(*s.masking, host))
         target = tokens.take_along_dim(permutation[:, start:, None], 1).repeat_interleave(s.repeats, 1)
         t = stratified_times(target[..., 0].numel(), generator)
         t = t[torch.randperm(len(t), generator=generator, device=device)].view(target.shape[:2])
-        eps = torch.randn(target.shape, generator=generator, device=device)
+        eps = torch.randn(target.shape, generator=generator, device=device, dtype=target.dtype)
 
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         t, shape = t[mine].flatten(), self.model.basis.shape
