@@ -88,8 +88,9 @@ class Basis(nn.Module, ABC):
         return {"name": self.name}
 
     def _checked(self, x: Tensor, what: str) -> Tensor:
-        if tuple(checks.batch(what, x).shape[1:]) != self.shape:
-            raise ValueError(f"{what} must have shape (batch, {', '.join(map(str, self.shape))}); got {tuple(x.shape)}")
+        if not isinstance(x, Tensor) or x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
+            shape = ", ".join(map(str, self.shape))
+            raise ValueError(f"{what} must have shape (batch, {shape}); got {checks.what(x)}")
         if not x.is_floating_point():
             raise ValueError(f"{what} must be floating point (data.dequantise or data.scale); got {x.dtype}")
         return x

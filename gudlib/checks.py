@@ -31,10 +31,21 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
         number = operator.index(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, RuntimeError):
         number = None
-    if number is None or isinstance(value, bool) or number < least or (most is not None and number > most):
-        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {wanted}; got {value!r}")
+    if number is None or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number; got {value!r}")
+    if number < least or (most is not None and number > most):
+        wanted = f"be at least {least}" if most is None else f"lie between {least} and {most}"
+        raise ValueError(f"{name} must {wanted}; got {value!r}")
     return number
+
+
+def seed(name: str, value: Any) -> int:
+    """A seed of torch's generators, a whole number below 2^63.
+
+    Raises:
+        ValueError: for anything else; it names the argument.
+    """
+    return whole(name, value, -SEEDS, SEEDS - 1)
 
 
 def real(
@@ -58,6 +69,8 @@ def real(
     if not (math.isfinite(number) and above < number < below and least <= number <= most):
         limits = {"above": above, "at least": least, "below": below, "at most": most}
         wanted = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
+        if math.isfinite(least + most):
+            wanted = f"between {least:g} and {most:g}"
         raise ValueError(f"{name} must be a finite number{f' {wanted}' if wanted else ''}; got {value!r}")
     return number
 
@@ -100,7 +113,7 @@ def grey(name: str, images: Any, shape: Sequence[int] | None = None, least: int 
     right = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4 and len(images) >= least
     if not right or min(images.shape[1:]) < 1 or (shape is not None and tuple(images.shape[1:]) != tuple(shape)):
         wanted = ", ".join(map(str, shape or "chw"))
-        number = f", n at least {least}" if least > 0 else ""
+        number = f", n at least {least}" if least > 1 else ""
         raise ValueError(f"{name} must be uint8 of shape (n, {wanted}){number}; got {what(images)}")
     return images
 
@@ -113,7 +126,7 @@ def data(name: str, values: Any, shape: Sequence[int] | None = None, least: int 
     """
     right = isinstance(values, Tensor) and values.is_floating_point() and values.ndim == 4 and len(values) >= least
     if not right or min(values.shape[1:]) < 1 or (shape is not None and tuple(values.shape[1:]) != tuple(shape)):
-        wanted, number = ", ".join(map(str, shape or "chw")), f", n at least {least}" if least > 0 else ""
+        wanted, number = ", ".join(map(str, shape or "chw")), f", n at least {least}" if least > 1 else ""
         hint = (
             "; for grey levels see gudlib.data.scale and dequantise"
             if getattr(values, "dtype", 0) == torch.uint8

@@ -148,7 +148,7 @@ def load_folder(
         ValueError: for a size or colours that make no sense, or files that can't be read; it names them.
     """
     sides = tuple(size) if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-    height, width = (checks.whole("size, one number or (height, width),", side, least=2) for side in sides)
+    height, width = (checks.whole("size", side, least=2) for side in sides)
     checks.one_of("colours", colours, ("auto", "grey", "rgb"))
     if not Path(path).is_dir():
         raise FileNotFoundError(f"path must be a folder of pictures; there is none at {path}")
@@ -287,7 +287,8 @@ def _read(path: Path) -> "Dataset":
     except (ValueError, OSError) as error:  # pyarrow's are either
         found = f"{path.stat().st_size} bytes, truncated or corrupt ({error})"
         raise ValueError(f"{path}: found {found}, expected a parquet file") from error
-    _expect(len(table.schema.names) > 0, f"{path}", f"columns {', '.join(names)}", "an image column, image or img")
+    there = bool({"image", "img"} & set(table.schema.names))
+    _expect(there, f"{path}", f"columns {', '.join(names)}", "an image column, image or img")
     return Dataset(table.replace_schema_metadata(_features(table.schema.metadata, table.schema.names)))
 
 
@@ -332,7 +333,7 @@ def _labels(dataset: "Dataset", where: str, source: Source | None) -> tuple[Int6
     if not classes and (labels == -1).all():  # hidden, as in test sets of competitions
         return None, ()
     low, high = labels.min(), labels.max()
-    _expect(low >= 0 and (not classes or high < classes), where, f"labels from {low} to {high}", wanted)
+    _expect(bool(low >= 0 and (not classes or high < classes)), where, f"labels from {low} to {high}", wanted)
     return torch.from_numpy(labels), tuple(getattr(dataset.features["label"], "names", ()))
 
 

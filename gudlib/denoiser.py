@@ -194,8 +194,10 @@ def saved_network(make: Callable[[], Network], tensors: dict[str, Tensor]) -> Ne
     Raises:
         ValueError: if one is missing, or of another shape.
     """
+    from accelerate import init_empty_weights
+
     given = {name.removeprefix("network."): x for name, x in tensors.items() if name.startswith("network.")}
-    with torch.device("meta"):
+    with init_empty_weights():
         wanted = make().state_dict()
     for name in sorted(wanted.keys() | given.keys()):
         shapes = [f"shape {tuple(each[name].shape)}" if name in each else "none" for each in (wanted, given)]

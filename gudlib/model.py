@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gudlib import denoiser, designs, devices, families, likelihood, networks, references, samplers, windows
+from gudlib import checks, denoiser, designs, devices, families, likelihood, networks, references, samplers, windows
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser
 from gudlib.families import Derived, Family, Known, Range, Sequential
@@ -260,8 +260,7 @@ class GUD:
         Raises:
             ValueError: as `process` and `samplers.sample`.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1; got {n}")
+        n, chunk, seed = checks.whole("n", n), checks.whole("chunk", chunk), checks.seed("seed", seed)
         generator, drawn = torch.Generator(self.device).manual_seed(seed), []
         for part in torch.arange(n).split(chunk):
             process, sizes = self._sampling(steps, **self._member(_rows(a, part), _rows(b, part)))
@@ -535,10 +534,9 @@ class GUD:
 
     def _pictures(self, images: Pictures, any_width: bool = False) -> Pictures:
         wanted = self.denoiser.basis.shape
-        fits = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
-        if not fits or tuple(images.shape[1:-1]) != wanted[:2] or (images.shape[-1] != wanted[2] and not any_width):
-            raise ValueError(f"images must be uint8 of shape (n, {', '.join(map(str, wanted))}); got {_what(images)}")
-        return images.to(self.device)
+        if any_width:
+            wanted = (*wanted[:2], *getattr(images, "shape", wanted)[-1:])
+        return checks.grey("images", images, wanted).to(self.device)
 
 
 def _columns(family: Family) -> bool:
@@ -556,12 +554,9 @@ def _checked(
 ) -> tuple[int, int, int]:
     """The shape of images that can be fitted."""
     known = ("pca", "dct", "fourier", "haar", "pixel")
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or len(images) < 4:
-        raise ValueError(f"images must be uint8 of shape (n, c, h, w), at least 4; got {_what(images)}")
-    if basis not in known:
-        raise ValueError(f"basis must be one of {known}; got {basis!r}")
-    if network not in networks.KINDS:
-        raise ValueError(f"network must be one of {networks.KINDS}; got {network!r}")
+    checks.grey("images", images, least=4)
+    checks.one_of("basis", basis, known)
+    checks.one_of("network", network, networks.KINDS)
     if network == "transformer" and basis != "pixel":
         raise ValueError(f"network 'transformer' is for pixels, whose patches it sees; the basis is {basis!r}")
     made = networks.Transformer if network == "transformer" else networks.UNet
@@ -582,10 +577,6 @@ def _checked(
             f"{images[0].numel()}: choose 'dct', or smaller pictures"
         )
     return shape
-
-
-def _what(images: Any) -> str:
-    return f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
 
 
 def _rows(values: Any, part: Tensor) -> Any:

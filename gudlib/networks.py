@@ -245,9 +245,8 @@ class UNet(nn.Module):
         }  # fmt: skip
         self.patch, self.conditioning, self.channels = patch, conditioning, channels
         self.fourier, self.maps, self.linear, self.linear_all = fourier, maps, linear, linear_all
-        with torch.device("cpu"):  # where groups and inverse are, whatever the parameters are made on
-            energy = energies(inverse, shape, patch) if inverse is not None and conditioning == "local" else None
-            self.levels = GammaGroups(groups, energy)
+        energy = energies(inverse, shape, patch) if inverse is not None and conditioning == "local" else None
+        self.levels = GammaGroups(groups, energy)
         count, dim = self.levels.pool.shape[1], (4 if energy is None else 2) * width
         if conditioning in EMBEDDED:
             self.embed = nn.Sequential(nn.Linear(count * 9, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())

@@ -388,10 +388,8 @@ def inpaint(
     Raises:
         ValueError: if the mask does not fit the process, or as `sample`.
     """
-    path = process.along(held(process.schedule, known))
-    if checks.batch("images", images).shape[1:] == known.shape[-3:]:  # else told below
-        images = torch.where(known, images, 0)
     n = len(checks.data("images", images, process.schedule.shape))
+    path = process.along(held(process.schedule, known))
     if tuple(path.schedule.batch) not in {(), (n,)}:
         raise ValueError(f"known and schedule must be for all {n} images or for each; got {tuple(known.shape)}")
     return sample(model, path, n, steps, method, generator, _start(path, images, known, generator), **options)

@@ -93,7 +93,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         sizes = ("steps", "batch", "warmup", "save_every")
         found: dict[str, Any] = {name: checks.whole(name, getattr(self, name)) for name in sizes}
-        found["seed"] = checks.whole("seed", self.seed, -checks.SEEDS, checks.SEEDS - 1)
+        found["seed"] = checks.seed("seed", self.seed)
         found["lr"] = checks.real("lr", self.lr, above=0)
         found["ema"] = checks.real("ema", self.ema, least=0, below=1)
         found["clip"] = checks.real("clip", self.clip, above=0)

@@ -391,7 +391,7 @@ def test_unknown_names_are_refused_with_the_known_ones():
 def test_impossible_bases_are_refused():
     with pytest.raises(ValueError, match="give images"):
         bases.make("pca", (1, 4, 4))
-    with pytest.raises(ValueError, match="at least two"):
+    with pytest.raises(ValueError, match="n at least 2"):
         bases.PCA.fit(torch.zeros(1, 1, 4, 4))
     with pytest.raises(ValueError, match=r"\(1, 8, 8\) or \(2, 4, 4\)"):
         bases.PCA(torch.eye(4)[None], (2, 2, 2))

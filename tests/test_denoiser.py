@@ -1,19 +1,23 @@
 """The denoiser: exact before training, EDM's preconditioning for one scale, and files that are whole or not there."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 
 import cases
+import numpy as np
 import pytest
 import torch
 from cases import BASES, COLUMN, PATIENCE, PRIORS, SHAPE, D, moments, randn, times
 from safetensors.torch import save_file
 from torch import nn
 
-from gudlib import bases, denoiser, files, priors, schedules
+from gudlib import bases, denoiser, files, mar, priors, schedules
 from gudlib.denoiser import Denoiser
 from gudlib.exact import gaussian
+from gudlib.model import GUD
 from gudlib.process import from_eps
 from gudlib.references import IndependentGaussian
 
@@ -278,3 +282,92 @@ def test_column_schedules_reach_the_network_as_they_are():
     gamma = schedules.sequential(COLUMN, 1 / 3).gamma(torch.tensor(0.5, dtype=torch.float64))
     Denoiser(network, IndependentGaussian(basis, prior))(randn(2, *SHAPE), gamma)
     assert network.gamma.shape == (2, *SHAPE) and network.gamma[1, 0, 0].tolist() == pytest.approx([-7.0, -1.0, 5.0])
+
+
+# Files that are none of ours
+
+
+SMALL = (1, 4, 4)
+
+
+def small():
+    torch.manual_seed(0)
+    moments = priors.Moments(torch.zeros(SMALL), torch.linspace(0.5, 1.5, 16).reshape(SMALL))
+    return denoiser.build(bases.DCT(SMALL), priors.whitened(moments), groups=2, width=8)
+
+
+def network_with(header, **options):
+    return header | {"network": header["network"] | options}
+
+
+STRANGE = {
+    "no floor": lambda t, h: (t, {k: v for k, v in h.items() if k != "floor"}),
+    "no basis": lambda t, h: (t, {k: v for k, v in h.items() if k != "basis"}),
+    "no network": lambda t, h: (t, {k: v for k, v in h.items() if k != "network"}),
+    "no shape": lambda t, h: (t, {k: v for k, v in h.items() if k != "shape"}),
+    "a basis of no name": lambda t, h: (t, h | {"basis": {}}),
+    "another basis": lambda t, h: (t, h | {"basis": {"name": "wavelets"}}),
+    "a reference of no name": lambda t, h: (t, h | {"reference": "oracle"}),
+    "an unknown option": lambda t, h: (t, network_with(h, colour="blue")),
+    "another width": lambda t, h: (t, network_with(h, width=16)),
+    "a width beyond all memory": lambda t, h: (t, network_with(h, width=10**7)),
+    "a width of text": lambda t, h: (t, network_with(h, width="8")),
+    "more levels": lambda t, h: (t, network_with(h, multipliers=[1, 2, 4])),
+    "another kind": lambda t, h: (t, network_with(h, kind="oracle")),
+    "a shape of texts": lambda t, h: (t, h | {"shape": ["1", "4", "4"]}),
+    "a shape beyond all memory": lambda t, h: (t, h | {"shape": [1, 10**6, 10**6]}),
+    "another shape": lambda t, h: (t, h | {"shape": [1, 8, 2]}),
+    "a header that is a number": lambda t, _: (t, 3),
+    "a header that is a list": lambda t, _: (t, ["card"]),
+    "a tensor is missing": lambda t, h: ({k: v for k, v in t.items() if k != "prior.scale"}, h),
+    "a weight is missing": lambda t, h: ({k: v for k, v in t.items() if k != "network.head.bias"}, h),
+    "a weight too many": lambda t, h: (t | {"network.extra": torch.ones(2)}, h),
+    "other names": lambda t, h: ({k.replace("network.", "model.", 1): v for k, v in t.items()}, h),
+    "NaN": lambda t, h: (t | {"prior.mean": t["prior.mean"] * torch.nan}, h),
+    "a weight that is infinite": lambda t, h: (t | {"network.head.bias": t["network.head.bias"] + torch.inf}, h),
+    "a scale below 0": lambda t, h: (t | {"prior.scale": -t["prior.scale"]}, h),
+    "groups beyond all memory": lambda t, h: (t | {"network.levels.groups": t["network.levels.groups"] + 10**12}, h),
+    "groups that are no numbers": lambda t, h: (t | {"network.levels.groups": torch.ones(SMALL)}, h),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("load", [denoiser.load, GUD.load, mar.load])
+def test_a_strange_file_is_refused_by_its_name(name, load, tmp_path):
+    path = tmp_path / "strange.safetensors"
+    denoiser.save(small(), path)
+    files.write_tensors(path, *STRANGE[name](*files.read_tensors(path)))
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        load(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000 + "]" * 100_000, "3", '"card"'])
+def test_a_header_that_is_none_is_refused(text, tmp_path):
+    path = tmp_path / "strange.safetensors"
+    save_file({"x": torch.ones(2)}, path, {"header": text})
+    with pytest.raises(ValueError, match="strange.safetensors is not a complete gudlib checkpoint"):
+        denoiser.load(path)
+
+
+def test_files_without_a_digest_are_read(tmp_path):
+    path = tmp_path / "older.safetensors"
+    denoiser.save(small(), path)
+    tensors, header = files.read_tensors(path)
+    save_file(tensors, path, {"header": json.dumps(header)})
+    found = denoiser.load(path).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in small().state_dict().items())
+
+
+@pytest.mark.parametrize("change", ["compile", "double", "half"])
+def test_networks_that_were_compiled_or_converted_are_saved_as_others(change, tmp_path):
+    model = small()
+    if change == "compile":
+        model.network = torch.compile(model.network, backend="eager")
+    else:
+        getattr(model, change)()
+    denoiser.save(model, tmp_path / "m", card={"loss": np.float32(0.5)})
+    found = denoiser.load(tmp_path / "m")
+    assert {x.dtype for x in found.state_dict().values() if x.is_floating_point()} == {torch.float32}
+    x = torch.randn(2, *SMALL)
+    torch.testing.assert_close(found(x, x), small().eval()(x, x), atol=2e-2 if change == "half" else 1e-6, rtol=1e-2)

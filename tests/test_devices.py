@@ -30,6 +30,7 @@ import gudlib
 from gudlib import (
     baselines,
     bases,
+    checks,
     data,
     denoiser,
     designs,
@@ -237,6 +238,14 @@ for kind in ("Pixel", "PCA", "Fourier", "DCT", "Haar"):
     PROBES[f"bases.{kind}"] = functools.partial(use_basis, kind=kind)
 
 PROBES |= {
+    "checks.batch": lambda d: checks.batch("images", IMAGES.to(d)),
+    "checks.data": lambda d: checks.data("data", normals(d)),
+    "checks.finite": lambda d: checks.finite("data", normals(d)),
+    "checks.grey": lambda d: checks.grey("images", IMAGES.to(d)),
+    "checks.images": lambda d: [checks.images("images", x) for x in (IMAGES.to(d), normals(d))],
+    "checks.lattice": lambda d: checks.lattice("fields", torch.ones(2, 3, 3, dtype=torch.half, device=d)),
+    "checks.levels": lambda d: checks.levels("images", IMAGES.to(d)),
+    "checks.single": lambda d: checks.single(normals(d).half()),
     "bases.Basis": lambda d: use_basis(d, "DCT"),
     "bases.PCA: of waves": lambda d: bases.PCA.of_waves(COVARIANCE.to(d)[None], SHAPE)(normals(d)),
     "bases.PCA: grey levels": lambda d: bases.PCA.fit(IMAGES.to(d), symmetries="mirror")(normals(d)),
@@ -336,6 +345,11 @@ def use_build(d):
     return [awake(denoiser.build(basis, prior_on(d), 4, label, **UNET)) for label in (None, "ky", COLUMN.to(d))]
 
 
+def network_of(tensors, header):
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in header["network"].items() if k != "kind"}
+    return denoiser.saved_network(lambda: networks.UNet(groups=tensors["network.levels.groups"], **options), tensors)
+
+
 def saved(d, read):
     with file() as where:
         denoiser.save(unet(basis="haar").to(d), where, card={"n": 1})
@@ -348,6 +362,9 @@ PROBES |= {
     "denoiser.read_saved": lambda d: saved(d, denoiser.read_saved),
     "denoiser.rebuild": lambda d: saved(d, lambda f: denoiser.rebuild(f, *denoiser.read_saved(f))).to(d),
     "denoiser.saved_reference": lambda d: saved(d, lambda f: denoiser.saved_reference(*denoiser.read_saved(f))).to(d),
+    "denoiser.saved_network": lambda d: saved(d, lambda f: network_of(*denoiser.read_saved(f))).to(d)(
+        normals(d).float().repeat(1, 2, 1, 1), normals(d).float()
+    ),
     "denoiser.describe": lambda d: denoiser.describe(unet().to(d)),
     "networks.GammaGroups": lambda d: networks.GammaGroups(bases.groups_by(COLUMN, 2)).to(d)(normals(d).float()),
     "networks.GammaGroups: at every place": lambda d: networks.GammaGroups(

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gudlib import files
+from gudlib import bases, denoiser, files, priors
 
 
 def test_what_is_written_is_read_and_nothing_lies_beside_it(tmp_path):
@@ -51,7 +53,7 @@ def test_every_writer_has_a_draft_of_its_own(tmp_path):
 
 WRITER = """
 import sys
-from gudlib import files
+from gudlib import bases, denoiser, files, priors
 for i in range(200):
     files.write(sys.argv[1], sys.argv[2] * 200_000)
 """
@@ -91,3 +93,40 @@ def test_a_full_disk_is_told_by_the_files_name_and_leaves_no_draft(tmp_path, mon
         files.write_json(path, {"a": 2})
     assert raised.value.errno == errno.ENOSPC
     assert files.read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def mutated(content: bytes, seed: int) -> bytes:
+    """The same with a bit flipped, its end gone, a part doubled, or a name changed."""
+    generator = random.Random(seed)
+    place = generator.randrange(len(content))
+    if seed % 4 == 0:
+        return content[:place]
+    if seed % 4 == 1:
+        return content[:place] + content[place : place + 20] + content[place:]
+    if seed % 4 == 2:
+        names = sorted(set(re.findall(rb'"(?:network|prior|basis)\.[^"]*"', content)))
+        name = generator.choice(names)
+        return content.replace(name, name[:-2] + bytes([name[-2] ^ 1]) + name[-1:])
+    return content[:place] + bytes([content[place] ^ 1 << generator.randrange(8)]) + content[place + 1 :]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_hundred_damaged_checkpoints_are_refused_by_name(tmp_path):
+    """One whose damage is only in the blanks of its header may be read; then it is what it was."""
+    basis = bases.Haar((1, 4, 4), 1)
+    prior = priors.whitened(priors.Moments(torch.zeros(1, 4, 4), torch.rand(1, 4, 4) + 0.5))
+    model, path, read = denoiser.build(basis, prior, groups=2, width=8), tmp_path / "model", 0
+    denoiser.save(model, path)
+    content, weights = path.read_bytes(), model.state_dict()
+    for seed in range(100):
+        path.write_bytes(damaged := mutated(content, seed))
+        if damaged == content:
+            continue
+        try:
+            found = denoiser.load(path).state_dict()
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:
+            assert all(torch.equal(found[name], value) for name, value in weights.items())
+            read += 1
+    assert read <= 3

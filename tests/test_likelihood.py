@@ -416,7 +416,7 @@ def test_discrete_decoder_is_refused_where_the_noise_is_not_white_in_pixels():
         ({"draws": 0}, "draws must be at least 1; got 0"),
         ({"chunk": 0}, "chunk must be at least 1; got 0"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
-        ({"data": DATA[:, :, 1:]}, "must have shape"),
+        ({"data": DATA[:, :, 1:]}, r"data must be floating numbers of shape \(n, 1, 2, 3\); got"),
     ],
 )
 def test_bad_arguments_are_refused(wrong, message):

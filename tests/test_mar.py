@@ -896,9 +896,9 @@ REFUSED = {
     "got torch.float32": lambda: sampled(labels=torch.tensor([0.0, 1.0])),
     ", -1 to 1": lambda: sampled(labels=torch.tensor([-1, 1])),
     "repeats must be at least 1; got 0": lambda: mar.MarTrainingConfig(repeats=0),
-    "drop must lie between 0 and 1; got 1.5": lambda: mar.MarTrainingConfig(drop=1.5),
-    r"masking must be .*got \(1.0, 0.25\)": lambda: mar.MarTrainingConfig(masking=(1.0, 0.25)),
-    r"masking must be .*got \(0.7, 0\)": lambda: mar.MarTrainingConfig(masking=(0.7, 0)),
+    "drop must be a finite number between 0 and 1; got 1.5": lambda: mar.MarTrainingConfig(drop=1.5),
+    "masking's lowest ratio must be .*; got 1.0": lambda: mar.MarTrainingConfig(masking=(1.0, 0.25)),
+    "masking's spread must be a finite number above 0; got 0": lambda: mar.MarTrainingConfig(masking=(0.7, 0)),
     "batch must be at least 1; got 0": lambda: mar.MarTrainingConfig(batch=0),
     "labels must be given .* it has 3": lambda: mar.MarTrainer(build("raster"), pictures(), None, None, QUICK),
     "labels must be given .* it has 0": lambda: mar.MarTrainer(

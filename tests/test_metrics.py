@@ -60,9 +60,9 @@ def test_precision_and_recall_tell_quality_from_variety():
 
 
 def test_reach_is_that_of_the_kth_other_image():
-    """On a line 0, 1, 3, 7: the second neighbour of 0 is 3 away, of 7 it is 6 away."""
-    real = torch.tensor([0.0, 1.0, 3.0, 7.0]).double().reshape(4, 1, 1, 1)
-    for place, inside in ((-2.9, True), (-3.1, False), (12.9, True), (13.1, False)):
+    """On a line 0, 1, 3, 7: the second neighbour of 0 is 3 away, of 7 it is 6 away; all in tenths."""
+    real = torch.tensor([0.0, 0.1, 0.3, 0.7]).double().reshape(4, 1, 1, 1)
+    for place, inside in ((-0.29, True), (-0.31, False), (1.29, True), (1.31, False)):
         probe = torch.full((4, 1, 1, 1), place, dtype=torch.float64)
         assert (metrics.coverage(real, probe, Pixels(), k=2).precision == 1) == inside
 

@@ -406,7 +406,7 @@ def test_impossible_networks_are_refused():
         unet(conditioning="local", inverse=None)
     with pytest.raises(ValueError, match="linear = 2 needs a conditioning of .'film', 'local'.; got 'map'"):
         unet(conditioning="map", linear=2)
-    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1, but got 1.5"):
+    with pytest.raises(ValueError, match="dropout must be a finite number at least 0 and below 1; got 1.5"):
         unet(dropout=1.5)
 
 

@@ -243,7 +243,7 @@ def test_bad_input_is_refused_with_what_was_given():
             moments(floor)
     with pytest.raises(ValueError, match=r"\(2, 3, 4\), \(1, 3, 4\)"):
         priors.Moments(m.mean, m.variance[:1])
-    with pytest.raises(ValueError, match="at least two"):
+    with pytest.raises(ValueError, match="n at least 2"):
         priors.measure(bases.Pixel(SHAPE), components(1))
     with pytest.raises(ValueError, match=r"\(2, 3, 4\); got \(1, 3, 4\)"):
         priors.Prior(m, torch.ones(1, 3, 4))

@@ -274,7 +274,7 @@ def test_times_may_be_numbers_integers_or_expanded(name):
     for what in ("gamma", "dgamma_dt", "beta", "alpha", "sigma"):
         method = getattr(schedule, what)
         assert torch.equal(method(0.3), method(t)) and torch.equal(method(1), method(torch.ones_like(t)))
-        assert torch.equal(method(t.expand(5)), method(t).expand(5, *SHAPE))
+        close(method(t.expand(5)), method(t).expand(5, *SHAPE))  # processors round many numbers and one differently
         assert torch.equal(method(torch.tensor([0, 1])), method(grid(2)))
 
 

@@ -627,6 +627,33 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
 # Errors
 
 
+@pytest.mark.parametrize("name", ["loss", "weights"])
+def test_what_is_not_finite_stops_a_run_and_leaves_the_checkpoint(name, tmp_path, monkeypatch):
+    file = tmp_path / "checkpoint"
+    t = trainer(replace(QUICK, steps=10), file, "mlp")
+    run = t.run()
+    for _ in range(4):
+        next(run)
+    before = file.read_bytes()
+    if name == "loss":
+        inner = t.loss
+        monkeypatch.setattr(t, "loss", lambda index: tuple(x * (math.nan if index == 5 else 1) for x in inner(index)))
+        message = "the loss of step 6 is not finite: .*checkpoint holds step 4"
+    else:
+        step = t.optimizer.step
+        monkeypatch.setattr(t.optimizer, "step", lambda: (step(), next(t.plain.parameters()).data.fill_(math.inf)))
+        message = "weights after step 5 are not finite: .*checkpoint holds step 4"
+    with pytest.raises(FloatingPointError, match=message):
+        list(run)
+    assert file.read_bytes() == before and trainer(replace(QUICK, steps=10), file, "mlp").step == 4
+
+
+def test_seeds_may_be_long(tmp_path):
+    config = replace(QUICK, steps=2, seed=2**62)
+    list(trainer(config, tmp_path / "c", "mlp").run())
+    assert trainer(config, tmp_path / "c", "mlp").step == 2
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_images_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"uint8 of shape \(n, 1, 8, 8\); got torch.float32"):
