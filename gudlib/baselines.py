@@ -420,8 +420,7 @@ def _table_bits(images: Grey, weights: Float[Tensor, "contexts 256"], context: C
 def _regression_bits(train: Grey, test: Unseen, radius: int, residuals: str) -> Float[Tensor, "m c h w"]:
     if residuals not in ("student", "normal"):
         raise ValueError(f"residuals must be student or normal; got {residuals!r}")
-    if radius < 0:
-        raise ValueError(f"radius must be at least 0; got {radius}")
+    radius = checks.whole("radius", radius, 0)
     c, h, w = test.shape[1:]
     bits, generator = torch.zeros(test.shape, dtype=torch.float64), torch.Generator().manual_seed(0)
     columns = _spans(w, lambda x: (min(x, radius), min(w - 1 - x, radius)))

@@ -443,7 +443,8 @@ class Blocks(Basis):
     def __init__(self, matrix: Float[Tensor, "m m"], shape: Shape, size: int = 0) -> None:
         super().__init__(shape)
         c, h, w = self.shape
-        if size < 0 or (size and (h % size or w % size)):
+        size = checks.whole("size", size, 0)
+        if size and (h % size or w % size):
             raise ValueError(f"size must be that of patches which tile {h} x {w}, or 0 for columns; got {size}")
         m = c * size**2 if size else c * h
         if tuple(matrix.shape) != (m, m):
@@ -463,6 +464,7 @@ class Blocks(Basis):
             ValueError: if images are neither grey levels nor data, or fewer than two; or as the class.
         """
         checks.images("images", images, least=2)
+        size = checks.whole("size", size, 0)
         shape = (images.shape[1], images.shape[2], images.shape[3])
         m = shape[0] * size**2 if size else shape[0] * shape[1]
         plain = cls(torch.eye(m, dtype=torch.float64, device=images.device), shape, size)

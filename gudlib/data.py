@@ -130,7 +130,7 @@ def crops(name: str, stride: int) -> UInt8[Tensor, "n c h w"]:
 
 
 def load_folder(
-    path: str | Path, size: int | tuple[int, int], colours: str = "auto", seed: int = 0
+    path: str | Path, size: int | tuple[int, int], colours: str = "auto", seed: int = 0, skip_damaged: bool = False
 ) -> UInt8[Tensor, "n c h w"]:
     """Read all pictures in a folder and the folders in it, each cut to its centre and brought to one size.
 
@@ -142,6 +142,7 @@ def load_folder(
         size: height and width, or one number for both; pictures are cut at two sides to that shape, then resampled.
         colours: `auto` is grey (c = 1) if no picture has colours, else RGB (c = 3); `grey` and `rgb` force it.
         seed: of the order, which is random, so that a slice is a fair sample of the whole.
+        skip_damaged: leave out files that can't be read, with a warning that names them, instead of refusing all.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no picture in it.
@@ -150,6 +151,7 @@ def load_folder(
     sides = tuple(size) if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     height, width = (checks.whole("size", side, least=2) for side in sides)
     checks.one_of("colours", colours, ("auto", "grey", "rgb"))
+    seed, skip_damaged = checks.seed("seed", seed), checks.flag("skip_damaged", skip_damaged)
     if not Path(path).is_dir():
         raise FileNotFoundError(f"path must be a folder of pictures; there is none at {path}")
     from datasets import Image, load_dataset
@@ -179,11 +181,14 @@ def load_folder(
         except Exception as error:  # Pillow raises a dozen types on corrupt files
             broken.append(f"{row['image']['path']} ({type(error).__name__}: {error})")
     if broken:
-        some = "\n  ".join(broken[:5])
-        raise ValueError(f"{len(broken)} of {len(files)} files can't be read; remove or mend them:\n  {some}")
+        some = "\n  ".join(broken[:5] + ["..."] * (len(broken) > 5))
+        told = f"{len(broken)} of {len(files)} files can't be read"
+        if not skip_damaged or not pictures:
+            raise ValueError(f"{told}; remove or mend them, or say skip_damaged=True:\n  {some}")
+        warnings.warn(f"{told} and are left out:\n  {some}", stacklevel=2)
     if small:
         warnings.warn(f"{small} of {len(files)} pictures are smaller than {height} x {width}: enlarged", stacklevel=2)
-    images = torch.from_numpy(np.stack(pictures)).view(len(files), height, width, -1).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.stack(pictures)).view(len(pictures), height, width, -1).permute(0, 3, 1, 2)
     if colours == "auto" and bool((images == images[:, :1]).all()):
         images = images[:, :1]
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))].contiguous()

@@ -65,6 +65,7 @@ class Design:
             raise ValueError(f"basis must be one of {known}; got {self.basis!r}")
         if self.conditioning not in NOISE_LEVEL_INPUTS:
             raise ValueError(f"conditioning must be one of {tuple(NOISE_LEVEL_INPUTS)}; got {self.conditioning!r}")
+        checks.real("r", self.r)
         if not 0 <= self.a[0] <= self.a[1]:
             raise ValueError(f"a must be (lowest, highest), not negative; got {self.a}")
 
@@ -86,6 +87,7 @@ class FittedDesign:
 
     def __init__(self, design: Design, images: UInt8[Tensor, "n c h w"], seed: int = 0, few: bool = False) -> None:
         checks.grey("images", images, least=2)
+        seed = checks.seed("seed", seed)
         self.design, shape = design, (images.shape[1], images.shape[2], images.shape[3])
         self.of_waves = False
         if few and design.basis == "pca":

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from gudlib import checks
 from gudlib.bases import Basis, Blocks
 from gudlib.priors import Prior
 from gudlib.schedules import (
@@ -108,8 +109,12 @@ class SoftConditioning(Family):
         finest: float = FINEST,
     ) -> None:
         super().__init__()
-        if len(a) != 2 or not -math.inf < a[0] <= a[1] < math.inf:
+        if not isinstance(a, list | tuple) or len(a) != 2 or checks.real("a", a[0]) > checks.real("a", a[1]):
             raise ValueError(f"a must be (lowest, highest); got {a}")
+        for name, target in {"gamma_max_target": gamma_max_target, "gamma_min_target": gamma_min_target}.items():
+            if target is not None or name == "gamma_max_target":
+                checks.real(name, target)
+        finest = checks.real("finest", finest, above=0)
         self.a, self.shape, self.finest = (float(a[0]), float(a[1])), shape_of(prior.mean), finest
         self._targets = gamma_min_target, gamma_max_target
         self.default = {"a": min(max(1.0, self.a[0]), self.a[1])}
@@ -189,6 +194,8 @@ class Sequential(Family):
         if not self.blocks:
             raise ValueError(f"blocks must name at least one of {BLOCKS}; got {blocks!r}")
         self.orders = [_order(basis, name) for name in self.blocks]
+        gamma_max_target = checks.real("gamma_max_target", gamma_max_target)
+        finest = checks.real("finest", finest, above=0)
         self.nest, self.shape = Nest(self.orders), shape_of(prior.mean)
         self.b = _ranges(b, self.nest.least)
         self.gamma_max_target, self.finest = gamma_max_target, finest
@@ -237,8 +244,7 @@ class Derived(Family):
 
     def __init__(self, family: Family, share: float) -> None:
         super().__init__()
-        if not 0 <= share <= 1:
-            raise ValueError(f"share must lie between 0 and 1; got {share}")
+        share = checks.real("share", share, least=0, most=1)
         self.family, self.share, self.shape, self.default = family, share, family.shape, family.default
 
     def schedule(self, **parameters: Any) -> Schedule:

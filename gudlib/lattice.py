@@ -61,12 +61,14 @@ def khat2(k: Momenta) -> Float[Tensor, "*k"]:
 
 def free(mass2: float) -> Propagator:
     """G(k) = 1 / (khat^2 + m^2) of the free field, with correlation length 1 / m."""
+    checks.real("mass2", mass2)
     _expect(mass2 > 0, f"mass2 must be positive, or the field's mean has no distribution; got {mass2}")
     return lambda k: 1 / (khat2(k) + mass2)
 
 
 def gaussian_field(n: int, size: int, propagator: Propagator, generator: torch.Generator) -> Fields:
     """`n` independent Gaussian fields (n, size, size) of any propagator, float64, exact."""
+    n, size = checks.whole("n", n), checks.whole("size", size)
     white = torch.randn(n, size, size, generator=generator, dtype=torch.float64, device=generator.device)
     return torch.fft.ifft2(torch.fft.fft2(white) * propagator(momenta(size).to(white)).sqrt()).real
 
@@ -148,6 +150,8 @@ def phi4(
     Raises:
         ValueError: if the action is not bounded from below, or a count is below 1.
     """
+    size, chains, draws = checks.whole("size", size), checks.whole("chains", chains), checks.whole("draws", draws)
+    every, thermalise = checks.whole("every", every), checks.whole("thermalise", thermalise, 0)
     checks.real("coupling", coupling, least=0)
     checks.real("mass2", mass2)
     checks.real("step", step, above=0)
@@ -212,7 +216,9 @@ def ising(
     Raises:
         ValueError: if the temperature is not positive, or a count is below 1.
     """
-    _expect(temperature > 0, f"temperature must be positive; got {temperature}")
+    size, chains, draws = checks.whole("size", size), checks.whole("chains", chains), checks.whole("draws", draws)
+    every, thermalise = checks.whole("every", every), checks.whole("thermalise", thermalise, 0)
+    _expect(checks.real("temperature", temperature) > 0, f"temperature must be positive; got {temperature}")
 
     def update(spins: Tensor) -> tuple[Tensor, float]:
         uniforms = torch.rand(chains, 2, size, size, generator=generator, device=spins.device)
@@ -225,8 +231,6 @@ def ising(
 def _run(
     update: Callable[[Tensor], tuple[Tensor, float]], state: Tensor, draws: int, every: int, thermalise: int, bar: str
 ) -> MarkovChains:
-    _expect(min(*state.shape, draws, every) >= 1 and thermalise >= 0, "size, chains, draws, every must be at least 1, "
-            f"thermalise at least 0; got {state.shape[1]}, {len(state)}, {draws}, {every}, {thermalise}")  # fmt: skip
     kept, accepted, total = [], 0.0, thermalise + draws * every
     for i in tqdm(range(1, total + 1), desc=bar) if bar else range(1, total + 1):
         state, share = update(state)
@@ -281,6 +285,7 @@ def kaufman_energy(temperature: float, size: int) -> float:
 def block(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
     """b^Delta times the averages over blocks of b x b sites, (*n, size / b, size / b)."""
     fields, size = _coarse(fields, factor)
+    delta = checks.real("delta", delta)
     return factor**delta * fields.unflatten(-1, (size, factor)).unflatten(-3, (size, factor)).mean((-1, -3))
 
 
@@ -403,9 +408,9 @@ def _coins(shape: torch.Size, generator: torch.Generator) -> Spins:
 
 def _coarse(fields: Tensor, factor: int) -> tuple[Tensor, int]:
     """The fields, floating, and the size of the coarse lattice."""
-    fields = checks.lattice("fields", fields)
+    fields, factor = checks.lattice("fields", fields), checks.whole("factor", factor)
     size = fields.shape[-1]
-    _expect(factor >= 1 and size % factor == 0, f"factor must divide the size of the fields, {size}; got {factor}")
+    _expect(size % factor == 0, f"factor must divide the size of the fields, {size}; got {factor}")
     return fields if fields.is_floating_point() else fields.float(), size // factor
 
 

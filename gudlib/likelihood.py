@@ -203,6 +203,7 @@ def bound(
             (`checks.data`).
     """
     white = _checked(process, data, decoder, draws=draws, chunk=chunk, steps=1 if steps is None else steps)
+    draws, chunk = int(draws), int(chunk)  # of numpy, perhaps
     decode, c, n = DECODERS[decoder](process), _variance(process).to(white), len(white)
     groups = torch.zeros(process.schedule.shape, dtype=torch.long) if groups is None else groups
     member = torch.nn.functional.one_hot(groups.flatten()).to(white)  # (components, groups)
@@ -280,6 +281,7 @@ def flow(
     """
     tolerance = checks.real("tolerance", tolerance, above=0)
     white = _checked(process, data, decoder, draws=draws, chunk=chunk)
+    draws, chunk = int(draws), int(chunk)  # of numpy, perhaps
     decode, gamma = DECODERS[decoder](process), process.schedule.gamma(0.0).to(white)
     prior, diffusion, reconstruction, nfe = [], [], [], []
     for j, x in enumerate(white.split(chunk) * draws):

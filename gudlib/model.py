@@ -105,6 +105,7 @@ class GUD:
             ValueError: for images that are not such, or a choice that does not exist or does not fit them.
         """
         basis = ("pixel" if network == "transformer" else "pca") if basis is None else basis
+        seed = checks.seed("seed", seed)
         shape = _checked(images, basis, network, a, blocks, b, options)
         grouped = reference in (GroupedGaussian.name, LatticeGaussian.name)
         if grouped and not (basis == "pixel" and blocks in ("columns", ["columns"], ("columns",))):
@@ -221,6 +222,7 @@ class GUD:
         images = self._images if images is None else images
         if images is None:
             raise ValueError("a model that was loaded has no images: give train_steps(images=...)")
+        steps = checks.whole("steps", steps)
         settings: dict[str, Any] = {"warmup": max(1, min(100, steps // 5)), "save_every": 100, "seed": 0} | config
         family, network = self._family(), copy.deepcopy(self.denoiser.network).requires_grad_(True).train()
         mine = Denoiser(network, self.denoiser.reference, self.denoiser.noised)
@@ -297,7 +299,7 @@ class GUD:
                 f"got {known.dtype} of shape {tuple(known.shape)}"
             )
         mask = known.to(self.device)[..., None, :, :].expand(*known.shape[:-2], *self.denoiser.basis.shape)
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(checks.seed("seed", seed))
         process, sizes = self._sampling(steps, **self._member(a, b))
         sizes |= {"method": method or sizes["method"], "generator": generator, "grid": "uniform"} | options
         filled = samplers.inpaint(self.denoiser, process, scale(images), mask, **sizes).data
@@ -336,9 +338,10 @@ class GUD:
         width = self.denoiser.basis.shape[2]
         moving = width / 4 if moving is None else moving
         context = min(width // 2, images.shape[-1]) if context is None else context
-        process, generator = self.process(b=moving / (width - 1 + moving)), torch.Generator(self.device)
+        process = self.process(b=moving / (width - 1 + moving))
+        generator = torch.Generator(self.device).manual_seed(checks.seed("seed", seed))
         start = scale(self._pictures(images, any_width=True))
-        growing = samplers.extend(self.denoiser, process, start, context, steps, generator=generator.manual_seed(seed))
+        growing = samplers.extend(self.denoiser, process, start, context, steps, generator=generator)
         shown = tqdm(islice(growing, columns), total=columns, desc="columns", disable=not progress)
         return torch.cat([images.cpu(), *(to_uint8(column).cpu() for column in shown)], dim=-1)
 
@@ -360,7 +363,7 @@ class GUD:
             seed: of dequantisation, times and noise.
             options: further ones of `likelihood.bound`.
         """
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(checks.seed("seed", seed))
         pictures = self._pictures(images)
         data = scale(pictures) if self.discrete else dequantise(pictures, generator)
         options = {"importance": True, "decoder": "discrete" if self.discrete else "normal"} | options
@@ -505,7 +508,7 @@ class GUD:
         block; ancestral steps in even time don't.
         """
         process, blocks = self.process(**member), isinstance(_innermost(self._family()), Sequential)
-        steps = round(EVALUATIONS / self._family().moving(**member)) if steps is None else steps
+        steps = round(EVALUATIONS / self._family().moving(**member)) if steps is None else checks.whole("steps", steps)
         grid = "uniform" if blocks or process.schedule.batch else "adapted"
         return process, {"steps": steps, "grid": grid, "method": "ancestral" if blocks else "gaussian-pc"}
 

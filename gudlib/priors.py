@@ -38,7 +38,7 @@ class Moments:
     floor: float = 1e-4
 
     def __post_init__(self) -> None:
-        if not 0 < self.floor < 1:
+        if not 0 < checks.real("floor", self.floor) < 1:
             raise ValueError(f"floor must lie between 0 and 1, as a share of the largest variance; got {self.floor}")
         if self.mean.shape != self.variance.shape:
             shapes = tuple(self.mean.shape), tuple(self.variance.shape)
@@ -191,7 +191,7 @@ class Prior(nn.Module):
 
 def isotropic(moments: Moments, scale: float = 1.0) -> Prior:
     """The same noise for all components: S_i = scale, in units of the data."""
-    return Prior(moments, torch.full_like(moments.mean, scale))
+    return Prior(moments, torch.full_like(moments.mean, checks.real("scale", scale, above=0)))
 
 
 def whitened(moments: Moments) -> Prior:
@@ -204,7 +204,7 @@ def interpolated(moments: Moments, r: float) -> Prior:
 
     The paper sweeps a parameter `r` beside the softness `a` (section 5.1); that it is this exponent is our reading.
     """
-    return Prior(moments, moments.floored ** (r / 2))
+    return Prior(moments, moments.floored ** (checks.real("r", r) / 2))
 
 
 def power_law(moments: Moments, wavenumber: PerComponent, exponent: float = 2.0) -> Prior:
@@ -218,6 +218,7 @@ def power_law(moments: Moments, wavenumber: PerComponent, exponent: float = 2.0)
     Raises:
         ValueError: if the wavenumbers are of another shape, negative, or all zero.
     """
+    exponent = checks.real("exponent", exponent)
     if wavenumber.shape != moments.mean.shape or bool((wavenumber < 0).any()) or not bool((wavenumber > 0).any()):
         raise ValueError(
             f"wavenumber must be of shape {tuple(moments.mean.shape)}, not negative and not all zero; "

@@ -385,6 +385,7 @@ class Histograms(_GreyLevels):
             ValueError: if images are not uint8, or sectors fewer than 1 or more than images.
         """
         checks.grey("images", images, basis.shape)
+        sectors, seed = checks.whole("sectors", sectors, 0), checks.seed("seed", seed)
         if not 1 <= sectors <= len(images):
             raise ValueError(f"sectors must lie between 1 and the number of images, {len(images)}; got {sectors}")
         x = images.flatten(1).long()
@@ -533,6 +534,7 @@ class Marginals(_Pyramid):
             ValueError: if it is none, or images are not uint8.
         """
         checks.grey("images", images, basis.shape)
+        bins = checks.whole("bins", bins)
         if bins < 2 or bins & (bins - 1):
             raise ValueError(f"bins must be a power of 2, at least 2; got {bins}")
         parts = [basis(centres(part)).flatten(1).double() for part in images.split(1000)]

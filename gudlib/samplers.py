@@ -245,8 +245,7 @@ def time_grid(process: Process, steps: int) -> Float[Tensor, " {steps}+1"]:
     Raises:
         ValueError: if steps is below 1.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
+    steps = checks.whole("steps", steps)
     c, kinks = process.prior.white_variance.cpu(), process.schedule.kinks
     fine = torch.cat([torch.linspace(0, 1, 1001, dtype=torch.float64), kinks]).unique()
 
@@ -331,11 +330,11 @@ def sample(
         ValueError: for an unknown method or grid, n or steps below 1, keep of 1 or beyond steps + 1, or a start or
             schedule batch that does not fit.
     """
+    n, keep = checks.whole("n", n), checks.whole("keep", keep, 0)
+    temperature = checks.real("temperature", temperature, least=0)
     update, t = _method(method), times(process, steps, grid)
     steps = len(t) - 1
-    if n < 1:
-        raise ValueError(f"n must be at least 1; got {n}")
-    if keep < 0 or keep == 1 or keep > steps + 1:
+    if keep == 1 or keep > steps + 1:
         raise ValueError(f"keep must be 0 or between 2 and steps + 1 = {steps + 1}; got {keep}")
     shape = (n, *process.schedule.shape)
     if start is not None and tuple(start.shape) != shape:
@@ -444,8 +443,7 @@ def extend(
         raise ValueError("process must have a schedule of columns, each a lag behind its left neighbour")
     moving = (1 - (width - 1) * lag) / lag  # how many columns move at once
     most = min(math.floor(width - moving - stride + 1 + 1e-6), images.shape[-1])
-    if stride < 1 or steps < 1:
-        raise ValueError(f"stride and steps must be at least 1; got {stride} and {steps}")
+    stride, steps = checks.whole("stride", stride), checks.whole("steps", steps)
     if not 1 <= context <= most:
         where = f"this schedule, {images.shape[-1]} columns and stride {stride}"
         raise ValueError(f"context must lie between 1 and {most} for {where}; got {context}")
@@ -542,6 +540,5 @@ def times(process: Process, steps: int, grid: str | Float[Tensor, " k"]) -> Floa
         return t
     if grid not in ("uniform", "adapted"):
         raise ValueError(f"grid must be uniform, adapted or times; got {grid!r}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
+    steps = checks.whole("steps", steps)
     return time_grid(process, steps) if grid == "adapted" else torch.linspace(1, 0, steps + 1, dtype=torch.float64)

@@ -14,10 +14,13 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
+
+from gudlib import checks
 
 Time = float | Real[Tensor, "..."]
 Levels = Float[Tensor, "... c h w"]  # the axes of t, broadcast against those of the schedule itself, then components
@@ -120,7 +123,7 @@ class Schedule:
 
 def linear(shape: Shape, gamma_min: float = -7.0, gamma_max: float = 5.0) -> Schedule:
     """One straight line for all components: gamma(t) = gamma_min + (gamma_max - gamma_min) t."""
-    rising(gamma_min=gamma_min, gamma_max=gamma_max)
+    rising(gamma_min=checks.real("gamma_min", gamma_min), gamma_max=checks.real("gamma_max", gamma_max))
     return Schedule(lambda t: gamma_min + (gamma_max - gamma_min) * t, shape)
 
 
@@ -133,7 +136,7 @@ def vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
         Score-Based Generative Modeling through Stochastic Differential Equations, Y. Song et al., 2021,
         https://arxiv.org/abs/2011.13456, appendix C
     """
-    rising(zero=0, beta_min=beta_min, beta_max=beta_max)
+    rising(zero=0, beta_min=checks.real("beta_min", beta_min), beta_max=checks.real("beta_max", beta_max))
 
     def gamma(t: Tensor) -> Tensor:
         t = t.clamp(min=1e-5)
@@ -154,7 +157,8 @@ def cosine(shape: Shape, gamma_min: float = -10.0, gamma_max: float = 10.0, offs
         Improved Denoising Diffusion Probabilistic Models, A. Nichol, P. Dhariwal, 2021,
         https://arxiv.org/abs/2102.09672, section 3.2
     """
-    rising(gamma_min=gamma_min, gamma_max=gamma_max)
+    rising(gamma_min=checks.real("gamma_min", gamma_min), gamma_max=checks.real("gamma_max", gamma_max))
+    checks.real("offset", offset, least=0)
     f0 = math.cos(math.pi / 2 * offset / (1 + offset)) ** 2
 
     def time(gamma: float) -> float:
@@ -258,7 +262,7 @@ def sequential(
             differ, or gamma_min >= gamma_max.
     """
     orders = [order] if isinstance(order, Tensor) else list(order)
-    shares = [b] if isinstance(b, int | float | Tensor) else list(b)
+    shares: list[Any] = list(b) if isinstance(b, list | tuple) else [b]
     low, high = (torch.as_tensor(x, dtype=torch.float64) for x in (gamma_min, gamma_max))
     if not bool((low < high).all()):
         ends = f"{low.max().item():g} and {high.min().item():g}"
@@ -267,7 +271,7 @@ def sequential(
         raise ValueError(f"b must hold one softness for each ordering; got {len(shares)} for {len(orders)}")
     nest = Nest(orders)
     for each in shares:
-        share = torch.as_tensor(each, dtype=torch.float64)
+        share = torch.as_tensor(each if isinstance(each, Tensor) else checks.real("b", each), dtype=torch.float64)
         if not bool(((share > 0) & (share <= 1)).all()):
             raise ValueError(f"b must be above 0 and at most 1; got {each}")
     start, duration = nest.movement(shares)
@@ -388,7 +392,10 @@ def rescaled(schedule: Schedule, scale: PerComponent) -> Schedule:
 
 
 def rising(**values: float) -> None:
-    """Raise a ValueError unless each value is above the one before; it names both."""
+    """Raise a ValueError unless each value is a number, or an infinity, above the one before; it names both."""
+    for name, value in values.items():
+        if value not in (-math.inf, math.inf):
+            checks.real(name, value)
     for (name, low), (other, high) in pairwise(values.items()):
         if not low < high:
             raise ValueError(f"{other} must be above {name}, {low}; got {high}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from gudlib import samplers
+from gudlib import checks, samplers
 from gudlib.denoiser import Denoiser
 from gudlib.networks import Cache, Transformer
 from gudlib.process import Process
@@ -36,9 +36,8 @@ def annealed(count: int, first: int, last: int) -> Float[Tensor, " k"]:
     >>> annealed(2, 3, 1)
     tensor([1.0000, 0.8333, 0.6667, 0.5000, 0.0000], dtype=torch.float64)
     """
-    for name, value in {"count": count, "first": first, "last": last}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+    numbers = {"count": count, "first": first, "last": last}
+    count, first, last = (checks.whole(name, value) for name, value in numbers.items())
     each = torch.linspace(first, last, count, dtype=torch.float64).round().long().tolist()
     turns = [torch.linspace(1, 0, steps + 1, dtype=torch.float64)[1:] for steps in each]
     later = torch.cat([(count - 1 - k + turn) / count for k, turn in enumerate(turns)])
@@ -91,8 +90,7 @@ def generate(
         raise ValueError(f"method must be one of {METHODS}; got {method!r}")
     if schedule.batch:
         raise ValueError(f"schedule must be for all images; got one for a batch of {tuple(schedule.batch)}")
-    if n < 1:
-        raise ValueError(f"n must be at least 1; got {n}")
+    n = checks.whole("n", n)
     p, count = network.patch, len(network.place)
     reference, device = denoiser.reference.patches(p), prior.mean.device
     t = samplers.times(Process(denoiser.basis, prior, schedule), steps, grid).to(device)

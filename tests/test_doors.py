@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -22,6 +23,7 @@ from gudlib import (
     likelihood,
     mar,
     metrics,
+    networks,
     plotting,
     priors,
     references,
@@ -29,9 +31,10 @@ from gudlib import (
     schedules,
     statistics,
     training,
+    windows,
 )
 from gudlib.exact import gaussian_eps
-from gudlib.families import SoftConditioning
+from gudlib.families import Sequential, SoftConditioning
 from gudlib.model import GUD
 from gudlib.process import Process
 
@@ -199,3 +202,162 @@ def test_any_images_are_answered_finitely_or_refused_by_name(name):
 
 MOVING = ("statistics.mirrored", "statistics.randomly_mirrored", "mar.patchify")  # numbers, whatever they are
 WORDS = ("images", "values", "data", "real", "generated", "pictures", "fields", "height", "train", "test")
+
+
+# Numbers
+
+COLUMN = PIXEL.label("column")
+MOMENTS = priors.measure(PIXEL, GREY)
+CAUSAL = mar.Network("raster", SHAPE, 2, width=8, depth=1, heads=2, head=(1, 8))
+TOKEN_MODEL = mar.Autoregressor(CAUSAL, references.IndependentGaussian(TOKENS_BASIS.float(), TOKENS.float())).eval()
+TOKEN_LINE = schedules.linear((1, 2, 2), -5.0, 3.0)
+PHI4 = {"size": 2, "chains": 2, "draws": 2, "mass2": 1.0, "coupling": 0.5, "thermalise": 1}
+
+
+def over(function, *given, **options):
+    """One call for each of the options, whose place a number takes."""
+    return {name: lambda x, name=name: function(*given, **(options | {name: x})) for name in options}
+
+
+def network_of(network, /, **options):
+    def make(**numbers):
+        net = network(**(options | numbers))
+        return [p.sum() for p in net.parameters()]
+
+    return make
+
+
+def gamma_of(make):
+    return lambda *args, **options: make(*args, **options).gamma(torch.tensor([0.0, 0.3, 1.0]))
+
+
+def sampled(**options):
+    return samplers.sample(exact, PATH, **({"generator": generator()} | options)).data
+
+
+def fitted(**options):
+    return GUD.fit(GREY, basis="dct", verbose=False, **options).denoiser.prior.scale
+
+
+def one_step(**options):
+    model = GUD.fit(GREY, basis="dct", width=8, verbose=False)
+    return [record.loss for record in model.train_steps(progress=False, **({"steps": 1, "batch": 2} | options))]
+
+
+def generated(**options):
+    return mar.generate(TOKEN_MODEL, TOKEN_LINE, generator=generator(), **({"head_steps": 2} | options))[0]
+
+
+UNET = {"shape": SHAPE, "groups": torch.zeros(SHAPE, dtype=torch.long), "inputs": 2}
+MAR = {"kind": "masked", "image": SHAPE, "head": (1, 8)}
+FUNCTIONS = {
+    "GUD.fit": over(fitted, width=8, dropout=0.0, seed=0),
+    "GUD.sample": over(MODEL.sample, n=2, steps=2, chunk=2, seed=0, a=1.0),
+    "GUD.inpaint": over(MODEL.inpaint, GREY[:2], KNOWN[0], steps=2, seed=0, a=1.0),
+    "GUD.likelihood": over(MODEL.likelihood, GREY[:2], draws=1, seed=0, a=1.0),
+    "GUD.train_steps": over(one_step, steps=1, batch=2, lr=1e-3, seed=0),
+    "samplers.sample": over(sampled, n=2, steps=2, temperature=1.0, keep=2),
+    "samplers.time_grid": over(samplers.time_grid, PATH, steps=3),
+    "samplers.inpaint": over(
+        lambda **o: samplers.inpaint(exact, PATH, DATA[:2], KNOWN, generator=generator(), **o).data, steps=2
+    ),
+    "likelihood.bound": over(
+        lambda **o: likelihood.bound(exact, PATH, DATA, **o), draws=1, seed=0, steps=2, chunk=4
+    ),
+    "likelihood.flow": over(
+        lambda **o: likelihood.flow(exact, PATH, DATA[:1], **({"tolerance": 0.1} | o)),
+        draws=1, seed=0, tolerance=0.1, chunk=1,
+    ),
+    "schedules.linear": over(gamma_of(schedules.linear), SHAPE, gamma_min=-7.0, gamma_max=5.0),
+    "schedules.vp": over(gamma_of(schedules.vp), SHAPE, beta_min=0.1, beta_max=20.0),
+    "schedules.cosine": over(gamma_of(schedules.cosine), SHAPE, gamma_min=-9.0, gamma_max=9.0, offset=0.008),
+    "schedules.soft_conditioning": over(gamma_of(schedules.soft_conditioning), PRIOR.order, a=1.0),
+    "schedules.sequential": over(gamma_of(schedules.sequential), COLUMN, b=0.5),
+    "families.SoftConditioning": over(
+        lambda **o: SoftConditioning(PRIOR, (0.5, 1.5), **o)(2, generator()).gamma(torch.tensor([0.0, 1.0])),
+        gamma_max_target=5.0, gamma_min_target=-7.0, finest=0.01,
+    ),
+    "families.SoftConditioning, a": over(lambda a: SoftConditioning(PRIOR, (0.5, a)).default, a=1.5),
+    "families.Sequential": over(
+        lambda **o: Sequential(PIXEL, PRIOR, "columns", **o)(2, generator()).gamma(torch.tensor([0.0, 1.0])),
+        gamma_max_target=5.0, finest=0.01,
+    ),
+    "priors.isotropic": over(lambda scale: priors.isotropic(MOMENTS, scale).scale, scale=1.0),
+    "priors.interpolated": over(lambda r: priors.interpolated(MOMENTS, r).scale, r=0.5),
+    "priors.power_law": over(
+        lambda exponent: priors.power_law(MOMENTS, bases.DCT(SHAPE).label("wavenumber"), exponent).scale, exponent=2.0
+    ),
+    "priors.measure": over(lambda floor: priors.measure(PIXEL, GREY, floor).floored, floor=0.1),
+    "bases.Haar": over(lambda levels: bases.Haar(SHAPE, levels)(DATA), levels=1),
+    "bases.groups_by": over(lambda count: bases.groups_by(COLUMN, count), count=2),
+    "bases.Blocks.pca": over(lambda size: bases.Blocks.pca(GREY, size).matrix, size=2),
+    "networks.UNet": over(network_of(networks.UNet, **UNET), width=8, patch=2, dropout=0.0, linear=0),
+    "networks.Transformer": over(
+        network_of(networks.Transformer, shape=SHAPE, inputs=3), patch=2, width=8, depth=1, heads=2
+    ),
+    "mar.Network": over(
+        network_of(mar.Network, **MAR), size=2, classes=0, width=8, depth=1, heads=2, buffer=1, dropout=0.0
+    ),
+    "mar.generate": over(generated, n=2, head_steps=2, temperature=1.0, guidance=1.0),
+    "mar.patchify": over(lambda size: mar.patchify(DATA, size), size=2),
+    "mar.unmasking": over(mar.unmasking, count=4, steps=2),
+    "windows.annealed": over(windows.annealed, count=3, first=4, last=2),
+    "metrics.coverage": over(lambda k: metrics.coverage(DATA, DATA, Mean(), k), k=1),
+    "metrics.memorised": over(lambda share: metrics.memorised(DATA, DATA, DATA, share), share=0.1),
+    "metrics.embed": over(lambda chunk: metrics.embed(DATA, Mean(), chunk), chunk=4),
+    "references.Histograms": over(
+        lambda **o: references.Histograms.fit(PIXEL, PRIOR, GREY, **o).bits(GREY), sectors=2, seed=0
+    ),
+    "references.Marginals": over(lambda bins: references.Marginals.fit(PIXEL, PRIOR, GREY, bins).bits(GREY), bins=16),
+    "baselines.regression": over(lambda radius: baselines.regression(GREY, GREY, radius).mean, radius=1),
+    "designs.Design": over(lambda r: designs.FittedDesign(designs.Design("dct", r), GREY).prior.scale, r=1.0),
+    "designs.principal": over(lambda noise: designs.principal(DATA, noise)[0].eigenvalues, noise=0.1),
+    "lattice.phi4": over(
+        lambda **o: lattice.phi4(generator=generator(), progress=False, **(PHI4 | o)),
+        **PHI4, step=0.1, steps=2, every=1,
+    ),
+    "lattice.block": over(lambda factor, delta: lattice.block(DATA[:, 0], factor, delta), factor=2, delta=0.5),
+    "lattice.gaussian_field": over(
+        lambda n, size: lattice.gaussian_field(n, size, lattice.free(1.0), generator()), n=2, size=4
+    ),
+    "lattice.free": over(lambda mass2: lattice.free(mass2)(lattice.momenta(4)), mass2=1.0),
+    "data.crops": over(lambda stride: data.crops("histology", stride)[:2], stride=64),
+}  # fmt: skip
+NUMBERS = {
+    f"{name}: {argument}": (argument, door) for name, doors in FUNCTIONS.items() for argument, door in doors.items()
+}
+ODD = (
+    0,
+    -1,
+    1,
+    2,
+    3,
+    0.5,
+    2.5,
+    math.nan,
+    math.inf,
+    -math.inf,
+    True,
+    None,
+    "3",
+    [1],
+    np.int64(2),
+    np.float32(0.5),
+)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NUMBERS)
+def test_any_number_is_answered_finitely_or_refused_by_name(name):
+    argument, door = NUMBERS[name]
+    for value in ODD:
+        try:
+            answer = door(value)
+        except (ValueError, TypeError) as error:
+            assert any(word in str(error) for word in (argument, *ALIASES.get(argument, ()))), f"{value!r}: {error!r}"
+        else:
+            assert finite(answer), value
+
+
+ALIASES = {"count": ("steps",), "r": ("scale",), "a": ("b is",), "exponent": ("scale",)}

@@ -139,3 +139,16 @@ def test_reading_leaves_no_trace(tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
     plain(GREY).save(tmp_path / "a.png")  # changed since
     assert read(tmp_path) == (90,)
+
+
+def test_damaged_files_are_left_out_if_asked_and_named(tmp_path):
+    for name in ("a", "b", "c"):
+        plain().save(tmp_path / f"{name}.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"1 of 3 files can't be read; .* say skip_damaged=True:\n  .*b.png"):
+        data.load_folder(tmp_path, 8)
+    with pytest.warns(UserWarning, match=r"1 of 3 files can't be read and are left out:\n  .*b.png"):
+        assert len(data.load_folder(tmp_path, 8, skip_damaged=True)) == 2
+    (tmp_path / "a.png").unlink(), (tmp_path / "c.png").unlink()
+    with pytest.raises(ValueError, match="1 of 1 files can't be read"):
+        data.load_folder(tmp_path, 8, skip_damaged=True)

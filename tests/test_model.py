@@ -464,7 +464,7 @@ def test_a_wrong_choice_is_refused_before_any_work(tmp_path):
     for call, message in (
         (
             lambda: GUD.fit(IMAGES.float()),
-            r"images must be uint8 of shape \(n, c, h, w\), at least 4; got torch.float32",
+            r"images must be uint8 of shape \(n, c, h, w\), n at least 4; got torch.float32",
         ),
         (lambda: GUD.fit(IMAGES.numpy()), "got ndarray"),
         (lambda: GUD.fit(IMAGES[0]), r"got torch.uint8 of shape \(3, 8, 8\)"),

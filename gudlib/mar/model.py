@@ -24,6 +24,7 @@ def patchify(images: Batch, size: int) -> Tokens:
         ValueError: if the patch size does not divide height and width.
     """
     checks.batch("images", images)
+    size = checks.whole("size", size)
     patch_count(images.shape[-2], images.shape[-1], size)
     return functional.pixel_unshuffle(images, size).flatten(2).mT
 

@@ -38,7 +38,8 @@ def patch_count(height: int, width: int, size: int) -> int:
     Raises:
         ValueError: if the size does not divide height and width.
     """
-    if size < 1 or height % size or width % size:
+    size = checks.whole("size", size)
+    if height % size or width % size:
         raise ValueError(f"size of a patch must divide height {height} and width {width}; got {size}")
     return height * width // size**2
 

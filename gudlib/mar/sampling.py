@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from gudlib import samplers
+from gudlib import checks, samplers
 from gudlib.mar.model import Autoregressor, check_labels, permutations
 from gudlib.mar.networks import Labels, Permutation
 from gudlib.process import Batch
@@ -29,8 +29,8 @@ def unmasking(count: int, steps: int) -> list[int]:
     >>> unmasking(16, 4)
     [0, 2, 5, 10, 16]
     """
-    if not 1 <= steps <= count:
-        raise ValueError(f"steps must lie between 1 and the number of tokens, {count}; got {steps}")
+    count = checks.whole("count", count)
+    steps = checks.whole("steps", steps, most=count)
     left = [count]
     for s in range(1, steps + 1):
         left.append(min(left[-1] - 1, math.floor(count * math.cos(math.pi / 2 * (s / steps)))))
@@ -72,7 +72,10 @@ def generate(
     cuts = unmasking(network.count, network.count if steps is None else steps)
     if network.kind != "masked" and len(cuts) <= network.count:
         raise ValueError(f"a {network.kind} model draws one token a step, steps = {network.count}; got {steps}")
-    each = [head_steps] * (len(cuts) - 1) if isinstance(head_steps, int) else list(head_steps)
+    n, guidance = checks.whole("n", n), checks.real("guidance", guidance)
+    several = isinstance(head_steps, list | tuple)
+    each = list(head_steps) if several else [head_steps] * (len(cuts) - 1)
+    each = [checks.whole("head_steps", number) for number in each]
     if len(each) != len(cuts) - 1:
         raise ValueError(f"head_steps must be one number, or {len(cuts) - 1}, one for each step; got {len(each)}")
     if guidance != 1 and labels is None:
