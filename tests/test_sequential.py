@@ -400,7 +400,7 @@ def test_strips_that_cannot_be_made_are_refused():
         (dict(context=3, images=images[..., :2]), "between 1 and 2 for this schedule, 2 columns and stride 1; got 3"),
         (dict(context=W, process=process.along(schedules.sequential(column, 1 / W))), "between 1 and 7 .*; got 8"),
         (dict(stride=0), "stride must be at least 1; got 0"),
-        (dict(steps=0), "at least 1; got 1 and 0"),
+        (dict(steps=0), "steps must be at least 1; got 0"),
         (dict(method="euler"), "got 'euler'"),
         (dict(images=images.expand(1, 1, 2, W)), r"images must have shape \(batch, 1, 1, 8\); got .*\(1, 1, 2, 8\)"),
     ]  # fmt: skip
