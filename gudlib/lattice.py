@@ -60,14 +60,22 @@ def khat2(k: Momenta) -> Float[Tensor, "*k"]:
 
 
 def free(mass2: float) -> Propagator:
-    """G(k) = 1 / (khat^2 + m^2) of the free field, with correlation length 1 / m."""
+    """G(k) = 1 / (khat^2 + m^2) of the free field, with correlation length 1 / m.
+
+    Raises:
+        ValueError: if the mass is not positive.
+    """
     checks.real("mass2", mass2)
     _expect(mass2 > 0, f"mass2 must be positive, or the field's mean has no distribution; got {mass2}")
     return lambda k: 1 / (khat2(k) + mass2)
 
 
 def gaussian_field(n: int, size: int, propagator: Propagator, generator: torch.Generator) -> Fields:
-    """`n` independent Gaussian fields (n, size, size) of any propagator, float64, exact."""
+    """`n` independent Gaussian fields (n, size, size) of any propagator, float64, exact.
+
+    Raises:
+        ValueError: for a number or size below 1.
+    """
     n, size = checks.whole("n", n), checks.whole("size", size)
     white = torch.randn(n, size, size, generator=generator, dtype=torch.float64, device=generator.device)
     return torch.fft.ifft2(torch.fft.fft2(white) * propagator(momenta(size).to(white)).sqrt()).real
@@ -283,7 +291,11 @@ def kaufman_energy(temperature: float, size: int) -> float:
 
 
 def block(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
-    """b^Delta times the averages over blocks of b x b sites, (*n, size / b, size / b)."""
+    """b^Delta times the averages over blocks of b x b sites, (*n, size / b, size / b).
+
+    Raises:
+        ValueError: for fields that are not finite, or not square, or a factor that does not divide their size.
+    """
     fields, size = _coarse(fields, factor)
     delta = checks.real("delta", delta)
     return factor**delta * fields.unflatten(-1, (size, factor)).unflatten(-3, (size, factor)).mean((-1, -3))
@@ -352,7 +364,11 @@ def couplings(propagator: Propagator) -> Float[Tensor, "3"]:
 
 
 def power(fields: Tensor) -> Fields:
-    """|F(k)|^2 of each field, whose mean is the propagator, or structure factor."""
+    """|F(k)|^2 of each field, whose mean is the propagator, or structure factor.
+
+    Raises:
+        ValueError: for fields that are not finite, or not square.
+    """
     fields = checks.lattice("fields", fields)
     waves = torch.fft.fft2(fields if fields.is_floating_point() else fields.float(), norm="ortho")
     return checks.finite("fields, squared,", waves.abs().square())

@@ -105,7 +105,11 @@ def features(name: str = "fashion") -> nn.Module:
 
 @torch.no_grad()
 def embed(images: Images, extractor: nn.Module, chunk: int = 256) -> Float[Tensor, "n d"]:
-    """Features of all images, `chunk` at a time, found on the extractor's device and given on the images'."""
+    """Features of all images, `chunk` at a time, found on the extractor's device and given on the images'.
+
+    Raises:
+        ValueError: for images that are not data (`checks.data`), or a chunk below 1.
+    """
     chunk = checks.whole("chunk", chunk)
     checks.data("images", images)
     where = _device(extractor, images)

@@ -190,7 +190,11 @@ class Prior(nn.Module):
 
 
 def isotropic(moments: Moments, scale: float = 1.0) -> Prior:
-    """The same noise for all components: S_i = scale, in units of the data."""
+    """The same noise for all components: S_i = scale, in units of the data.
+
+    Raises:
+        ValueError: if the scale is not positive and finite.
+    """
     return Prior(moments, torch.full_like(moments.mean, checks.real("scale", scale, above=0)))
 
 
@@ -203,6 +207,9 @@ def interpolated(moments: Moments, r: float) -> Prior:
     """Between isotropic (r = 0) and whitened (r = 1): S_i = Sigma_i^(r/2), floored.
 
     The paper sweeps a parameter `r` beside the softness `a` (section 5.1); that it is this exponent is our reading.
+
+    Raises:
+        ValueError: if r is not finite, or so large that a scale is not.
     """
     return Prior(moments, moments.floored ** (checks.real("r", r) / 2))
 

@@ -234,7 +234,10 @@ def test_impossible_families_are_refused_with_their_values():
         (lambda: Sequential(PIXEL, PRIOR, "columns", (0.5, 0.0)), r"in \(0, 1\]; got \(0.5, 0.0\)"),
         (lambda: Sequential(HAAR, PRIOR, ("levels", "columns"), ((0.5, 1.0),) * 3), "for each of 2 blocks"),
         (lambda: Sequential(PIXEL, PRIOR, "columns", (0.1, 1.0)), "b must be at least 0.25"),
-        (lambda: Known(soft, PIXEL.label("column")[None] > 1, 1.5), "share must be a finite number between 0 and 1; got 1.5"),
+        (
+            lambda: Known(soft, PIXEL.label("column")[None] > 1, 1.5),
+            "share must be a finite number between 0 and 1; got 1.5",
+        ),
         (lambda: Known(soft, PIXEL.label("column")[None]), r"masks must be bool of shape \(m, 1, 4, 4\)"),
         (lambda: Known(soft, "holes"), "rectangles or columns, or a tensor; got 'holes'"),
         (lambda: Mixed(soft, columns, -0.1), "got -0.1"),

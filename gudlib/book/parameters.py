@@ -94,9 +94,9 @@ class Parameter:
                     if strictly:  # as JSON, in which a tuple is a list
                         return self._type.validate_json(json.dumps(reading), strict=True)
                     return self._type.validate_python(reading)
-                except ValidationError:
+                except (TypeError, ValueError):  # not of the type, or not even JSON
                     pass
-        except (TypeError, ValueError, RecursionError, yaml.YAMLError):
+        except (RecursionError, yaml.YAMLError):
             pass
         shown = repr(value)
         raise ValueError(f"{shown if len(shown) < 100 else f'{shown[:90]} ...'} is not {self.hint} ({self.name})")
@@ -129,7 +129,7 @@ def _literals(value: Any) -> Any:
         return value
     try:
         said = WORDS[value] if value in WORDS else ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return value
     return value if isinstance(said, str) else said
 
