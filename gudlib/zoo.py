@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from gudlib import bases, schedules
+from gudlib import bases, checks, schedules
 from gudlib.schedules import PerComponent, Schedule, Shape, rising, shape_of
 
 Verdict = Literal["exact", "exact after rescaling", "limit", "approximate", "not an instance"]
@@ -98,6 +98,8 @@ class System:
 
 def ddpm(shape: Shape, steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> System:
     """DDPM: betas on a line; t = n / (steps - 1) for the published steps n = 0 .. steps - 1."""
+    steps = checks.whole("steps", steps, 2)
+    checks.reals(beta_min=beta_min, beta_max=beta_max)
     rising(zero=0.0, beta_min=beta_min, beta_max=beta_max)
     betas = torch.linspace(beta_min, beta_max, steps, dtype=torch.float64)
     return System(
@@ -110,6 +112,7 @@ def ddpm(shape: Shape, steps: int = 1000, beta_min: float = 1e-4, beta_max: floa
 
 def improved_ddpm(shape: Shape, steps: int = 1000, cap: float = 0.999) -> System:
     """Improved DDPM: the cosine schedule at t = 1 / steps, 2 / steps, ..., with betas of at most `cap`."""
+    steps = checks.whole("steps", steps, 2)
     rising(zero=0.0, cap=cap, one=1)
     return System(
         "improved DDPM", "pixel", "$1$", r"$\log[f(0) / f(t) - 1]$", "exact",
@@ -152,6 +155,7 @@ def score_sde_sub_vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0
 
 def score_sde_ve(shape: Shape, sigma_min: float = 0.01, sigma_max: float = 50.0) -> System:
     """The variance-exploding SDE: a = 1, and b geometric from sigma_min to sigma_max, in units of the data."""
+    checks.reals(sigma_min=sigma_min, sigma_max=sigma_max)
     rising(zero=0.0, sigma_min=sigma_min, sigma_max=sigma_max)
     return System(
         "score SDE, VE", "pixel", "$1$", r"$2\log\sigma$", "exact after rescaling",
@@ -164,6 +168,8 @@ def vdm(
     shape: Shape, gamma_min: float = -13.3, gamma_max: float = 5.0, f: Callable[[Tensor], Tensor] = lambda t: t
 ) -> System:
     """Variational diffusion: gamma rises like f(t), learnt and monotone, which starts as a straight line."""
+    checks.reals(gamma_min=gamma_min, gamma_max=gamma_max)
+    rising(gamma_min=gamma_min, gamma_max=gamma_max)
 
     def gamma(t: Tensor) -> Tensor:
         first, last = f(torch.zeros_like(t)), f(torch.ones_like(t))
@@ -183,8 +189,10 @@ def edm(
     p_mean: float = -1.2, p_std: float = 1.2,
 ) -> System:  # fmt: skip
     """EDM: t runs along its sampler's grid, sigma^(1/rho) linear; in training log sigma ~ N(p_mean, p_std^2)."""
+    checks.reals(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, p_mean=p_mean)
     rising(zero=0.0, sigma_min=sigma_min, sigma_max=sigma_max)
     rising(zero=0.0, sigma_data=sigma_data)
+    rho, p_std = checks.real("rho", rho, above=0), checks.real("p_std", p_std, above=0)
     mean, deviation = 2 * (p_mean - math.log(sigma_data)), 2 * p_std
 
     def gamma(t: Tensor) -> Tensor:
@@ -237,6 +245,7 @@ def blurring(shape: Shape, sigma_blur: float = 20.0, floor: float = 0.001, reach
     sigma_B = sigma_blur sin^2(pi t / 2) pixels; without blur gamma would go from -reach to reach.
     """
     rising(zero=0.0, floor=floor, one=1)
+    sigma_blur, reach = checks.real("sigma_blur", sigma_blur, least=0), checks.real("reach", reach, above=0)
     k = bases.DCT(shape).label("wavenumber")
     first, last = (math.atan(math.exp(end / 2)) for end in (-reach, reach))
 
@@ -257,6 +266,8 @@ def mulan(
     a: PerComponent, b: PerComponent, c: PerComponent, gamma_min: float = -13.3, gamma_max: float = 5.0
 ) -> System:
     """MuLAN: each pixel's gamma' is proportional to (a t^2 + b t + c)^2, with coefficients that a network provides."""
+    checks.reals(gamma_min=gamma_min, gamma_max=gamma_max)
+    rising(gamma_min=gamma_min, gamma_max=gamma_max)
 
     def rise(t: Tensor) -> Tensor:
         x, y, z = a.to(t), b.to(t), c.to(t)
@@ -277,6 +288,7 @@ def mulan(
 
 def diffusion_forcing(order: PerComponent, steps: int = 100, lag: float = 1.0) -> System:
     """Diffusion forcing's pyramid: in row m of sampling, token n is at level clip(steps + lag n - m, 0, steps)."""
+    steps, lag = checks.whole("steps", steps), checks.real("lag", lag)
     if not 0 <= lag <= steps:
         raise ValueError(f"lag must lie between 0 (diffusion) and steps = {steps} (one after another); got {lag}")
     return System(
@@ -290,7 +302,7 @@ def diffusion_forcing(order: PerComponent, steps: int = 100, lag: float = 1.0) -
 
 def rolling(order: PerComponent, window: int = 4) -> System:
     """Rolling diffusion: frame k is at its own time clip((k + s) / window, 0, 1) while s slides through the film."""
-    frames = order.unique().numel()
+    frames, window = order.unique().numel(), checks.whole("window", window, 0)
     if not 0 < window <= frames:
         raise ValueError(f"window must lie between 1 and the number of frames, {frames}; got {window}")
     return System(
@@ -303,6 +315,7 @@ def rolling(order: PerComponent, window: int = 4) -> System:
 
 def mar(order: PerComponent, steps: int = 1000, cap: float = 0.999) -> System:
     """MAR at one token a step: each token runs the improved DDPM schedule to its end before the next one starts."""
+    steps = checks.whole("steps", steps, 2)
     rising(zero=0.0, cap=cap, one=1)
     return System(
         "MAR", "token", "$1$", "improved DDPM's, in turn", "limit",
@@ -319,6 +332,7 @@ def wavelet(variance: PerComponent, levels: int = 3, share: float | None = None)
 
     `variance` is that of the components; `share` of the time belongs to each band, 1 / (levels + 1) unless given.
     """
+    share = share if share is None else checks.real("share", share, above=0, most=1)
     level = bases.Haar(shape_of(variance), levels).label("level").to(variance.device)
     bands = [level == band for band in level.unique()]
     scale = sum(band * variance[band].mean().sqrt() for band in bands)
@@ -357,6 +371,7 @@ def subspace() -> System:
 
 def heat_dissipation(shape: Shape, blur_min: float = 0.5, blur_max: float = 20.0, noise: float = 0.01) -> System:
     """Inverse heat dissipation: ever more blur, and noise drawn afresh at every level. Near it: its marginals."""
+    checks.reals(blur_min=blur_min, blur_max=blur_max, noise=noise)
     rising(zero=0.0, blur_min=blur_min, blur_max=blur_max)
     rising(zero=0.0, noise=noise)
     k = bases.DCT(shape).label("wavenumber")

@@ -32,6 +32,7 @@ from gudlib import (
     statistics,
     training,
     windows,
+    zoo,
 )
 from gudlib.exact import gaussian_eps
 from gudlib.families import Sequential, SoftConditioning
@@ -228,7 +229,11 @@ def network_of(network, /, **options):
 
 
 def gamma_of(make):
-    return lambda *args, **options: make(*args, **options).gamma(torch.tensor([0.0, 0.3, 1.0]))
+    def gamma(*args, **options):
+        made = make(*args, **options)
+        return getattr(made, "schedule", made).gamma(torch.tensor([0.0, 0.3, 1.0]))
+
+    return gamma
 
 
 def sampled(**options):
@@ -321,6 +326,22 @@ FUNCTIONS = {
         lambda n, size: lattice.gaussian_field(n, size, lattice.free(1.0), generator()), n=2, size=4
     ),
     "lattice.free": over(lambda mass2: lattice.free(mass2)(lattice.momenta(4)), mass2=1.0),
+    "zoo.ddpm": over(gamma_of(zoo.ddpm), SHAPE, steps=4, beta_min=0.1, beta_max=0.2),
+    "zoo.improved_ddpm": over(gamma_of(zoo.improved_ddpm), SHAPE, steps=4, cap=0.9),
+    "zoo.score_sde_vp": over(gamma_of(zoo.score_sde_vp), SHAPE, beta_min=0.1, beta_max=20.0),
+    "zoo.score_sde_sub_vp": over(gamma_of(zoo.score_sde_sub_vp), SHAPE, beta_min=0.1, beta_max=20.0),
+    "zoo.score_sde_ve": over(gamma_of(zoo.score_sde_ve), SHAPE, sigma_min=0.1, sigma_max=20.0),
+    "zoo.vdm": over(gamma_of(zoo.vdm), SHAPE, gamma_min=-13.3, gamma_max=5.0),
+    "zoo.edm": over(
+        gamma_of(zoo.edm), SHAPE, sigma_data=0.5, sigma_min=0.1, sigma_max=20.0, rho=7.0, p_mean=-1.2, p_std=1.2
+    ),
+    "zoo.blurring": over(gamma_of(zoo.blurring), SHAPE, sigma_blur=2.0, floor=0.001, reach=10.0),
+    "zoo.mulan": over(gamma_of(zoo.mulan), *[PRIOR.scale] * 3, gamma_min=-13.3, gamma_max=5.0),
+    "zoo.diffusion_forcing": over(gamma_of(zoo.diffusion_forcing), COLUMN, steps=4, lag=1.0),
+    "zoo.rolling": over(gamma_of(zoo.rolling), COLUMN, window=2),
+    "zoo.mar": over(gamma_of(zoo.mar), COLUMN, steps=4, cap=0.9),
+    "zoo.wavelet": over(gamma_of(zoo.wavelet), PRIOR.scale, levels=1, share=0.5),
+    "zoo.heat_dissipation": over(gamma_of(zoo.heat_dissipation), SHAPE, blur_min=0.5, blur_max=20.0, noise=0.01),
     "data.crops": over(lambda stride: data.crops("histology", stride)[:2], stride=64),
 }  # fmt: skip
 NUMBERS = {
@@ -360,4 +381,4 @@ def test_any_number_is_answered_finitely_or_refused_by_name(name):
             assert finite(answer), value
 
 
-ALIASES = {"count": ("steps",), "r": ("scale",), "a": ("b is",), "exponent": ("scale",)}
+ALIASES = {"beta_max": ("betas",), "count": ("steps",), "r": ("scale",), "a": ("b is",), "exponent": ("scale",)}
