@@ -544,7 +544,7 @@ def test_impossible_settings_are_refused_with_their_values():
         (lambda: zoo.ddpm(SHAPE, beta_max=1.0), "betas between 0 and 1"),
         (lambda: zoo.ddpm(SHAPE, steps=1), "steps must be at least 2; got 1"),
         (lambda: zoo.improved_ddpm(SHAPE, cap=1.0), "one must be above cap, 1.0; got 1"),
-        (lambda: zoo.improved_ddpm(SHAPE, steps=1), "got 1 steps"),
+        (lambda: zoo.improved_ddpm(SHAPE, steps=1), "steps must be at least 2; got 1"),
         (lambda: zoo.score_sde_vp(SHAPE, 2.0, 1.0), "beta_max"),
         (lambda: zoo.score_sde_sub_vp(SHAPE, 2.0, 1.0), "beta_max"),
         (lambda: zoo.score_sde_ve(SHAPE, 0.0), "sigma_min"),
