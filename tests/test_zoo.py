@@ -548,7 +548,7 @@ def test_impossible_settings_are_refused_with_their_values():
         (lambda: zoo.score_sde_vp(SHAPE, 2.0, 1.0), "beta_max"),
         (lambda: zoo.score_sde_sub_vp(SHAPE, 2.0, 1.0), "beta_max"),
         (lambda: zoo.score_sde_ve(SHAPE, 0.0), "sigma_min"),
-        (lambda: zoo.vdm(SHAPE, 5.0, 4.0), "must not fall"),
+        (lambda: zoo.vdm(SHAPE, 5.0, 4.0), "gamma_max must be above gamma_min, 5.0; got 4.0"),
         (lambda: zoo.edm(SHAPE, sigma_data=-1.0), "sigma_data must be above zero, 0.0; got -1.0"),
         (lambda: zoo.edm(SHAPE, sigma_min=3.0, sigma_max=2.0), "sigma_max must be above sigma_min, 3.0; got 2.0"),
         (lambda: zoo.blurring(SHAPE, floor=0.0), "floor"),
