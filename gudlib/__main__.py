@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     refresh.set_defaults(command=_refresh)
 
     commands.add_parser("data", help="list the image sets").set_defaults(command=_data)
-    commands.add_parser("doctor", help="check packages, device, data, checkpoints").set_defaults(command=_doctor)
+    doctor = commands.add_parser("doctor", help="check packages, device, kernels, data, checkpoints")
+    doctor.set_defaults(command=_doctor)
 
     options = parser.parse_args(arguments)
     try:
@@ -156,7 +157,7 @@ def _claims(options: argparse.Namespace) -> int:
 
 
 def _refresh(options: argparse.Namespace) -> int:
-    from nbclient.exceptions import CellControlSignal, DeadKernelError
+    from nbclient.exceptions import CellControlSignal
 
     from gudlib.book import notebooks
 
@@ -164,7 +165,7 @@ def _refresh(options: argparse.Namespace) -> int:
         for path in notebooks.find(options.names):
             print(f"refreshing {path.stem}", flush=True)
             notebooks.refresh(path)
-    except (ValueError, CellControlSignal, DeadKernelError) as error:
+    except (ValueError, OSError, CellControlSignal, RuntimeError) as error:  # the last: a kernel that died
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -522,13 +522,13 @@ def make(name: str, shape: Shape, images: statistics.Images | None = None, **opt
     [0.0, 1.0, 2.0]
     """
     fixed = {kind.name: kind for kind in (Pixel, Fourier, DCT, Haar)}
+    if name not in (*fixed, "pca"):
+        raise ValueError(f"name must be one of {sorted([*fixed, 'pca'])}; got {name!r}")
     known = {"haar": ("levels",), "pca": ("per_channel", "symmetries")}.get(name, ())
     if unknown := sorted(options.keys() - set(known)):
         raise ValueError(f"options of {name!r} are {', '.join(known) or 'none'}; got {', '.join(unknown)}")
     if name in fixed:
         return fixed[name](shape, **options)
-    if name != "pca":
-        raise ValueError(f"name must be one of {sorted([*fixed, 'pca'])}; got {name!r}")
     if images is None:
         raise ValueError("the basis 'pca' is fitted to data: give images")
     if tuple(checks.images("images", images, least=2).shape[1:]) != tuple(shape):

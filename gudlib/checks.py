@@ -27,11 +27,12 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
     >>> whole("steps", numpy.int64(3))
     3
     """
+    plain = _plain(value)
     try:
-        number = operator.index(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError, RuntimeError):
+        number = None if isinstance(plain, bool) else operator.index(plain)
+    except TypeError:
         number = None
-    if number is None or isinstance(value, bool):
+    if number is None:
         raise ValueError(f"{name} must be a whole number; got {value!r}")
     if number < least or (most is not None and number > most):
         wanted = f"be at least {least}" if most is None else f"lie between {least} and {most}"
@@ -62,9 +63,10 @@ def real(
     Raises:
         ValueError: for anything else; it names the argument.
     """
+    plain = _plain(value)
     try:
-        number = float(value) if not isinstance(value, str | bool) else math.nan
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = math.nan if isinstance(plain, str | bytes | bool) else float(plain)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and above < number < below and least <= number <= most):
         limits = {"above": above, "at least": least, "below": below, "at most": most}
@@ -87,10 +89,15 @@ def flag(name: str, value: Any) -> bool:
     Raises:
         ValueError: for anything but True and False, of numpy or torch too; it names the argument.
     """
-    plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    plain = _plain(value)
     if not isinstance(plain, bool):
         raise ValueError(f"{name} must be True or False; got {value!r}")
     return plain
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy or torch as Python's; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
 
 def settle(config: Any, found: dict[str, Any]) -> None:
@@ -105,7 +112,7 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> str:
     Raises:
         ValueError: for another one; it names the argument and what is known.
     """
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} must be one of {tuple(known)}; got {value!r}")
     return value
 
@@ -140,7 +147,7 @@ def data(name: str, values: Any, shape: Sequence[int] | None = None, least: int 
         )
         raise ValueError(f"{name} must be floating numbers of shape (n, {wanted}){number}; got {what(values)}{hint}")
     some = values[:FEW].detach()
-    if len(some) and bool((some.abs().amax() > 1) & (some == some.round()).all()):
+    if bool((some.abs().amax() > 1) & (some == some.round()).all()):
         raise ValueError(
             f"{name} must be data, for pictures in [-1, 1]; got whole numbers up to {some.abs().amax().item():g}, grey "
             "levels perhaps: see gudlib.data.scale and dequantise"

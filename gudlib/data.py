@@ -330,7 +330,7 @@ def _download(name: str, split: str, hub: str) -> "Dataset":
 def _labels(dataset: "Dataset", where: str, source: Source | None) -> tuple[Int64[Tensor, " n"] | None, tuple]:
     _expect("label" in dataset.features, where, f"columns {', '.join(dataset.features)}", "also label")
     column, classes = dataset.data.column("label"), source.classes if source else 0
-    wanted = f"whole numbers from 0{f' to {classes - 1}' if classes else ''} in each row, or -1 in all"
+    wanted = f"whole numbers from 0 to {classes - 1}" if classes else "whole numbers from 0, or -1 in all rows"
     kind = f"{column.type}"
     _expect(kind.startswith(("int", "uint", "bool")), where, f"labels of type {kind}", wanted)
     _expect(not column.null_count, where, f"{column.null_count} rows without a label", wanted)
@@ -347,8 +347,8 @@ def _images(dataset: "Dataset", where: str, source: Source | None, split: str) -
     column = next((name for name in ("image", "img") if name in dataset.features), "")
     _expect(column != "", where, f"columns {', '.join(dataset.features)}", "an image column, image or img")
     kind = str(dataset.data.schema.field(column).type)
-    fits = kind.startswith("struct<") and {"bytes", "path"} <= set(dataset.data.schema.field(column).type.names)
-    _expect(fits, where, f"column {column} of {kind}", "pictures as datasets.Image() has them, bytes and path")
+    fits = kind.startswith("struct<") and {"bytes", "path"} & set(dataset.data.schema.field(column).type.names)
+    _expect(bool(fits), where, f"column {column} of {kind}", "pictures as datasets.Image() has them, bytes or path")
     cells = dataset.data.column(column)
     full = _pixels(cells[0].as_py(), f"{where}, row 0").shape
     c, h, w = source.shape if source else full
@@ -398,8 +398,12 @@ def _eight_bits(picture: "PIL.Image.Image") -> "PIL.Image.Image":
 
     if picture.mode in ("L", "RGB") and not picture.has_transparency_data:
         return picture
-    if picture.mode.startswith("I"):  # 16 bits, or 32 that hold as many
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    if picture.mode == "I":  # 32 bits that hold 8 or 16
         values = np.asarray(picture)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"found numbers from {values.min()} to {values.max()}, expected 0 to 255 or to 65535")
         return Image.fromarray((values // 257 if values.max() > 255 else values).astype(np.uint8))
     if picture.mode == "F":
         raise ValueError("found numbers of 32 bits, whose black and white are not known; save it with 8 or 16")

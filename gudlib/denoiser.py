@@ -19,6 +19,7 @@ References:
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ from gudlib.process import Batch, Gamma
 from gudlib.references import IndependentGaussian, Reference
 
 Network = TypeVar("Network", bound=nn.Module)
+_ALONE = threading.Lock()
 
 
 class Denoiser(nn.Module):
@@ -162,7 +164,7 @@ def naming(path: str | Path) -> Iterator[None]:
     """A block in which whatever is wrong with a checkpoint's content is a `ValueError` that names the file."""
     try:
         yield
-    except (FileNotFoundError, MemoryError):
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # a file may hold anything
         if isinstance(error, ValueError) and str(path) in str(error):
@@ -189,7 +191,7 @@ def rebuild(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]
 
 
 def saved_network(make: Callable[[], Network], tensors: dict[str, Tensor]) -> Network:
-    """A network with the tensors of a file, which are compared with those it has before memory is asked for.
+    """A network with the tensors of a file, whose names and shapes are compared with its own before it is filled.
 
     Raises:
         ValueError: if one is missing, or of another shape.
@@ -197,7 +199,7 @@ def saved_network(make: Callable[[], Network], tensors: dict[str, Tensor]) -> Ne
     from accelerate import init_empty_weights
 
     given = {name.removeprefix("network."): x for name, x in tensors.items() if name.startswith("network.")}
-    with init_empty_weights():
+    with _ALONE, init_empty_weights():  # it changes how all modules are made
         wanted = make().state_dict()
     for name in sorted(wanted.keys() | given.keys()):
         shapes = [f"shape {tuple(each[name].shape)}" if name in each else "none" for each in (wanted, given)]

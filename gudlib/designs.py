@@ -66,7 +66,8 @@ class Design:
         if self.conditioning not in NOISE_LEVEL_INPUTS:
             raise ValueError(f"conditioning must be one of {tuple(NOISE_LEVEL_INPUTS)}; got {self.conditioning!r}")
         checks.real("r", self.r)
-        if not 0 <= self.a[0] <= self.a[1]:
+        pair = isinstance(self.a, list | tuple) and len(self.a) == 2
+        if not pair or not 0 <= checks.real("a", self.a[0]) <= checks.real("a", self.a[1]):
             raise ValueError(f"a must be (lowest, highest), not negative; got {self.a}")
 
 

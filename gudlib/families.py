@@ -400,14 +400,14 @@ def _order(basis: Basis, block: str) -> Order:
 
 
 def _each(b: PerImage | Sequence[PerImage]) -> list[PerImage]:
-    return [b] if isinstance(b, int | float | Tensor) else list(b)
+    return list(b) if isinstance(b, list | tuple) else [b]  # type: ignore[list-item]
 
 
 def _ranges(b: Range | Sequence[Range] | None, least: Sequence[float]) -> list[Range]:
     """A range for each of the blocks."""
     if b is None:
         return [(max(each, 0.25) if len(least) > 1 else each, 1.0) if each else (1.0, 1.0) for each in least]
-    pairs: Any = [b] if isinstance(b[0], int | float) else b
+    pairs: Any = b if isinstance(b[0], list | tuple) else [b]
     pairs = [pairs[0]] * len(least) if len(pairs) == 1 else pairs
     if len(pairs) != len(least) or not all(len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1 for pair in pairs):
         raise ValueError(f"b must be (lowest, highest) for each of {len(least)} blocks, in (0, 1]; got {b}")

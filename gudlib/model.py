@@ -106,6 +106,7 @@ class GUD:
         """
         basis = ("pixel" if network == "transformer" else "pca") if basis is None else basis
         seed = checks.seed("seed", seed)
+        known = known if known is None else checks.real("known", known, least=0, most=1)
         shape = _checked(images, basis, network, a, blocks, b, options)
         grouped = reference in (GroupedGaussian.name, LatticeGaussian.name)
         if grouped and not (basis == "pixel" and blocks in ("columns", ["columns"], ("columns",))):
@@ -125,8 +126,8 @@ class GUD:
         known = (0.25 if in_pixels else 0.0) if known is None else known
         if known and not in_pixels:
             raise ValueError(f"known = {known} is for pixels; the basis is {basis!r}, the reference {reference!r}")
-        low, high = (a, a) if isinstance(a, int | float) else a or ((1.0, 1.0) if blocks else (0.4, 1.6))
-        b = (b, b) if isinstance(b, int | float) else b
+        low, high = _ends("a", a, (1.0, 1.0) if blocks else (0.4, 1.6))
+        b = b if b is None or isinstance(b, list | tuple) else _ends("b", b, (1.0, 1.0))
         r = (0.0 if basis == "pixel" else 1.0) if r is None else r
         kind = "plain" if basis == "pixel" and blocks else basis  # of one mean and variance: strips can grow
         plain = IndependentGaussian.name
@@ -335,12 +336,15 @@ class GUD:
         self._knows("extend")
         if not _columns(self._family()):
             raise ValueError("extend is for models of columns: GUD.fit(images, basis='pixel', blocks='columns')")
-        width = self.denoiser.basis.shape[2]
-        moving = width / 4 if moving is None else moving
-        context = min(width // 2, images.shape[-1]) if context is None else context
-        process = self.process(b=moving / (width - 1 + moving))
-        generator = torch.Generator(self.device).manual_seed(checks.seed("seed", seed))
         start = scale(self._pictures(images, any_width=True))
+        columns, width = checks.whole("columns", columns), self.denoiser.basis.shape[2]
+        moving = width / 4 if moving is None else checks.real("moving", moving, above=0)
+        context = min(width // 2, images.shape[-1]) if context is None else context
+        try:
+            process = self.process(b=moving / (width - 1 + moving))
+        except ValueError as error:
+            raise ValueError(f"moving must suit what was trained; got {moving:g}: {error}") from error
+        generator = torch.Generator(self.device).manual_seed(checks.seed("seed", seed))
         growing = samplers.extend(self.denoiser, process, start, context, steps, generator=generator)
         shown = tqdm(islice(growing, columns), total=columns, desc="columns", disable=not progress)
         return torch.cat([images.cpu(), *(to_uint8(column).cpu() for column in shown)], dim=-1)
@@ -496,7 +500,7 @@ class GUD:
                     f"{name} must hold {len(pairs)} numbers, one for each of the blocks; got {given[name]}"
                 )
             for value, (low, high) in zip(values, pairs, strict=True):
-                x = torch.as_tensor(value, dtype=torch.float64)
+                x = value if isinstance(value, Tensor) else torch.tensor(checks.real(name, value), dtype=torch.float64)
                 if not bool(((x >= low - 1e-6) & (x <= high + 1e-6)).all()):  # in float32, too
                     raise ValueError(f"{name} must lie in what was trained, {low:.4g} to {high:.4g}; got {value}")
         return given
@@ -580,6 +584,16 @@ def _checked(
             f"{images[0].numel()}: choose 'dct', or smaller pictures"
         )
     return shape
+
+
+def _ends(name: str, value: Any, default: Range) -> Range:
+    """Lowest and highest of a range, which may be given as one number."""
+    if value is None:
+        return default
+    pair = value if isinstance(value, list | tuple) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a number, or (lowest, highest); got {value}")
+    return checks.real(name, pair[0]), checks.real(name, pair[1])
 
 
 def _rows(values: Any, part: Tensor) -> Any:

@@ -380,17 +380,19 @@ def inpaint(
 
     Arguments:
         model, process, steps, method, generator: as for `sample`.
-        images: in units of the data (n, c, h, w); their unknown components don't matter.
+        images: in units of the data (n, c, h, w); their unknown components don't matter, and unknown pixels may be NaN.
         known: which components are given, for all images or for each.
         options: further ones of `sample`.
 
     Raises:
         ValueError: if the mask does not fit the process, or as `sample`.
     """
-    n = len(checks.data("images", images, process.schedule.shape))
-    path = process.along(held(process.schedule, known))
+    path, n = process.along(held(process.schedule, known)), len(checks.batch("images", images))
     if tuple(path.schedule.batch) not in {(), (n,)}:
         raise ValueError(f"known and schedule must be for all {n} images or for each; got {tuple(known.shape)}")
+    plain = isinstance(process.basis, Pixel) and images.shape[1:] == known.shape[-3:] and images.is_floating_point()
+    given = torch.where(known.to(images.device), images, 0) if plain else images  # unknown pixels may be NaN
+    checks.data("images", given, process.schedule.shape)
     return sample(model, path, n, steps, method, generator, _start(path, images, known, generator), **options)
 
 
@@ -441,9 +443,11 @@ def extend(
     left, right = process.schedule.gamma(t)[..., :-1], process.schedule.gamma(t - lag)[..., 1:]
     if not torch.allclose(left, right) or torch.allclose(left, right[..., :1]):
         raise ValueError("process must have a schedule of columns, each a lag behind its left neighbour")
+    checks.batch("images", images)
+    stride, steps = checks.whole("stride", stride), checks.whole("steps", steps)
+    context = checks.whole("context", context, 0)
     moving = (1 - (width - 1) * lag) / lag  # how many columns move at once
     most = min(math.floor(width - moving - stride + 1 + 1e-6), images.shape[-1])
-    stride, steps = checks.whole("stride", stride), checks.whole("steps", steps)
     if not 1 <= context <= most:
         where = f"this schedule, {images.shape[-1]} columns and stride {stride}"
         raise ValueError(f"context must lie between 1 and {most} for {where}; got {context}")

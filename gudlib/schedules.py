@@ -203,6 +203,7 @@ def soft_conditioning(
     Raises:
         ValueError: if the targets, or gamma_min and gamma_max, do not rise.
     """
+    a = a if isinstance(a, Tensor) else checks.real("a", a)
     rising(gamma_min_target=float(torch.as_tensor(gamma_min_target).max()), gamma_max_target=gamma_max_target)
     rising(gamma_min=gamma_min, gamma_max=gamma_max)
 
@@ -262,7 +263,7 @@ def sequential(
             differ, or gamma_min >= gamma_max.
     """
     orders = [order] if isinstance(order, Tensor) else list(order)
-    shares: list[Any] = list(b) if isinstance(b, list | tuple) else [b]
+    shares: list[Any] = [b] if isinstance(b, Tensor | str) or not hasattr(b, "__len__") else list(b)  # type: ignore[arg-type]
     low, high = (torch.as_tensor(x, dtype=torch.float64) for x in (gamma_min, gamma_max))
     if not bool((low < high).all()):
         ends = f"{low.max().item():g} and {high.min().item():g}"
@@ -353,8 +354,8 @@ def held(schedule: Schedule, known: Bool[Tensor, "*batch c h w"]) -> Schedule:
     Raises:
         ValueError: if the mask does not fit the schedule.
     """
-    if known.dtype != torch.bool or tuple(known.shape[-3:]) != schedule.shape:
-        raise ValueError(f"known must be a mask (bool) of shape {schedule.shape}; got {known.dtype}, {known.shape}")
+    if not isinstance(known, Tensor) or known.dtype != torch.bool or tuple(known.shape[-3:]) != schedule.shape:
+        raise ValueError(f"known must be a mask (bool) of shape {schedule.shape}; got {checks.what(known)}")
 
     def gamma(t: Tensor) -> Tensor:
         clean = schedule.gamma(torch.zeros((), dtype=t.dtype, device=t.device))

@@ -69,7 +69,7 @@ class TrainingConfig:
         lr: peak learning rate of AdamW; it warms up over `warmup` steps and falls to zero along a cosine.
         warmup: steps.
         ema: decay of the averaged weights, reached gradually as min(ema, (1 + n) / (10 + n)).
-        clip: largest gradient norm.
+        clip: largest gradient norm; infinite for none.
         weighting: `plain`, `likelihood` or `answer`.
         symmetries: of the images, a random one of which each image undergoes at every use: `none`, `mirror` (left and
             right) or `all` eight of the square.
@@ -96,7 +96,7 @@ class TrainingConfig:
         found["seed"] = checks.seed("seed", self.seed)
         found["lr"] = checks.real("lr", self.lr, above=0)
         found["ema"] = checks.real("ema", self.ema, least=0, below=1)
-        found["clip"] = checks.real("clip", self.clip, above=0)
+        found["clip"] = math.inf if self.clip == math.inf else checks.real("clip", self.clip, above=0)
         found["discrete"] = checks.flag("discrete", self.discrete)
         checks.one_of("weighting", self.weighting, WEIGHTINGS)
         checks.one_of("symmetries", self.symmetries, statistics.SYMMETRIES)

@@ -1,4 +1,4 @@
-"""Kill and crowd: `python tests/stress.py`. Too long for the tests (some 15 minutes), which do the same a few times.
+"""Kill and crowd: `python tests/stress.py`. Too long for the tests (five minutes), which do the same a few times.
 
 - A training is killed again and again (SIGKILL, at random moments) and ends bit for bit as one that was not.
 - Of a sweep, the main process, a worker or a kernel is killed again and again: no row that was there is lost, nothing
@@ -44,9 +44,13 @@ def training(kills: int) -> None:
         for attempt in tqdm(range(kills), "kills in training"):
             child = os.fork()
             if child == 0:
-                list(here.trainer(config, file, "mlp", seed=attempt).run())
-                os._exit(0)
+                try:
+                    list(here.trainer(config, file, "mlp", seed=attempt).run())
+                finally:
+                    os._exit(0)
+            deadline = time.monotonic() + WITHIN
             while not file.exists() or file.stat().st_mtime_ns == before:  # it has begun
+                assert time.monotonic() < deadline, "the training did not begin"
                 time.sleep(0.001)
             time.sleep(random.uniform(0, 0.04))
             os.kill(child, signal.SIGKILL)

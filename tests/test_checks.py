@@ -14,7 +14,22 @@ def test_whole_numbers_of_all_libraries_become_pythons(value):
     assert checks.whole("n", value) == 3 and type(checks.whole("n", value)) is int
 
 
-@pytest.mark.parametrize("value", [2.5, 3.0, np.float32(3), torch.tensor(2.5), "3", None, True, [3], np.arange(2)])
+ODD = [
+    2.5,
+    3.0,
+    np.float32(3),
+    torch.tensor(2.5),
+    "3",
+    None,
+    True,
+    [3],
+    np.arange(2),
+    np.bool_(True),
+    torch.tensor(True),
+]
+
+
+@pytest.mark.parametrize("value", ODD)
 def test_what_is_no_whole_number_is_refused(value):
     with pytest.raises(ValueError, match="n must be a whole number; got "):
         checks.whole("n", value)
@@ -34,7 +49,7 @@ def test_numbers_of_all_libraries_become_pythons(value):
     assert checks.real("x", value) == 0.5 and type(checks.real("x", value)) is float
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "1", None, True, [1.0], 10**400])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, True, [1.0], 10**400, b"1", np.array("1")])
 def test_what_is_no_finite_number_is_refused(value):
     with pytest.raises(ValueError, match="x must be a finite number; got "):
         checks.real("x", value)
@@ -97,6 +112,10 @@ def test_the_first_number_that_is_not_finite_is_told():
         checks.finite("x", values)
 
 
+def test_gradients_may_be_left_alone():
+    assert training.TrainingConfig(clip=float("inf")).clip == float("inf")
+
+
 def test_settings_of_numpy_are_kept_as_pythons_numbers():
     config = training.TrainingConfig(steps=np.int64(4), lr=np.float32(1e-3), seed=np.int64(3), discrete=np.bool_(True))
     assert [type(value) for value in (config.steps, config.lr, config.seed, config.discrete)] == [int, float, int, bool]
@@ -111,7 +130,15 @@ def test_sizes_that_are_none_are_refused(name, value):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("lr", 0.0), ("lr", float("inf")), ("ema", 1.0), ("ema", -0.1), ("clip", 0.0), ("clip", float("nan"))]
+    [
+        ("lr", 0.0),
+        ("lr", float("inf")),
+        ("ema", 1.0),
+        ("ema", -0.1),
+        ("clip", 0.0),
+        ("clip", float("nan")),
+        ("clip", -1.0),
+    ]
     + [("seed", 2**63), ("seed", 0.5), ("discrete", 1), ("weighting", "none"), ("symmetries", None)],
 )
 def test_settings_out_of_range_are_refused(name, value):

@@ -53,7 +53,7 @@ def test_every_writer_has_a_draft_of_its_own(tmp_path):
 
 WRITER = """
 import sys
-from gudlib import bases, denoiser, files, priors
+from gudlib import files
 for i in range(200):
     files.write(sys.argv[1], sys.argv[2] * 200_000)
 """

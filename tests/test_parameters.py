@@ -42,6 +42,9 @@ def read(hint: str, value: Any) -> Any:
         ("list[str]", "[on, off, 1, 'x']", ["on", "off", "1", "x"]),
         ("list[float]", "[1, 2e-1]", [1.0, 0.2]),
         ("list[int | None]", "[1, null]", [1, None]),
+        ("list[float | None]", "[null, inf]", [None, math.inf]),
+        ("list[str | None]", "[null, 5]", [None, "5"]),
+        ("dict[str, str | None]", "{a: null, b: 7}", {"a": None, "b": "7"}),
         ("list", "[1, a]", [1, "a"]),
         ("tuple[int, int]", "[3, 4]", (3, 4)),
         ("tuple[int, ...]", "(3, 4, 5)", (3, 4, 5)),
@@ -81,6 +84,11 @@ def test_a_file_that_is_none_is_named(tmp_path, content, complaint):
     (tmp_path / "a.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=complaint):
         load(tmp_path / "a.yaml")
+
+
+def test_mappings_may_be_merged(tmp_path):
+    (tmp_path / "a.yaml").write_text("b: &b {k: 1}\nl: [&x {<<: *b, k: 2}]\ny: {<<: *x}\n")
+    assert load(tmp_path / "a.yaml")["y"] == {"k": "2"}
 
 
 def test_an_empty_file_sets_nothing(tmp_path):

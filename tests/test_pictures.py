@@ -115,6 +115,21 @@ def test_columns_that_are_not_used_may_hold_anything(sets):
     assert data.load("mine", "train").labels.tolist() == [1]
 
 
+def test_16_bits_are_the_same_greys_however_dark_a_picture_is(sets):
+    dark, light = (encoded(GREY.astype(np.uint16) * factor) for factor in (1, 257))
+    write(sets, {"bytes": dark, "path": None}, {"bytes": light, "path": None})
+    found = data.load("mine", "train").images
+    assert int(found[0].max()) == 0 and close(found[1], GREY)
+    write(sets, {"bytes": encoded(GREY.astype(np.int32) * 1000, "TIFF"), "path": None})
+    with pytest.raises(ValueError, match="row 0: found numbers from 0 to 230000, expected 0 to 255 or to 65535"):
+        data.load("mine", "train")
+
+
+def test_rows_may_be_bytes_alone(sets):
+    write(sets, {"bytes": PICTURES["grey"][0]}, kind=pa.struct([("bytes", pa.binary())]))
+    assert close(data.load("mine", "train").images[0], GREY)
+
+
 def test_labels_that_are_hidden_are_none(sets):
     row = {"bytes": PICTURES["grey"][0], "path": None}
     write(sets, row, row, label=[-1, -1])

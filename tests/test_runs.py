@@ -179,7 +179,7 @@ def test_a_file_in_the_way_of_results_is_told_before_anything_runs(tmp_path, cap
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 def test_a_timeout_that_is_none_is_refused(tmp_path, seconds):
-    with pytest.raises(ValueError, match="timeout must be more than 0 seconds, and finite; got"):
+    with pytest.raises(ValueError, match="timeout, in seconds, must be a finite number above 0; got"):
         runs.plan([write(tmp_path / "a.ipynb")], tmp_path, {}, timeout=seconds)
 
 
@@ -816,3 +816,19 @@ def test_workers_and_kernels_end_with_the_process_that_started_them(tmp_path):
     finally:
         for number in family(tmp_path):
             os.kill(number, signal.SIGKILL)
+
+
+def test_an_interrupt_while_a_worker_dies_waits_for_no_further_notebook(tmp_path, monkeypatch):
+    """As when a scheduler signals all processes of a job at once."""
+    dies = write(tmp_path / "dies.ipynb", "import os, signal", "os.kill(os.getppid(), signal.SIGKILL)")
+    slow = write(tmp_path / "slow.ipynb", f"import time, pathlib\ntime.sleep({PATIENCE})")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.tqdm, "write", interrupted)  # as soon as the first one is told
+    jobs = runs.plan([dies, slow], tmp_path / "out", {})
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(jobs)
+    assert time.monotonic() - start < PATIENCE / 2

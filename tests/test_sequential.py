@@ -152,6 +152,19 @@ def test_with_nothing_known_it_is_sampling_and_options_are_passed_on():
     assert torch.equal(default.white, samplers.sample(model, process, 4, 50, "heun", start=start).white)
 
 
+def test_unknown_pixels_may_be_anything():
+    model, process = coupled("pixel", "common")
+    images = randn(2, 1, 2, 3)
+    holes = torch.where(SCATTERED, images, math.nan)
+    one, other = (
+        samplers.inpaint(model, process, x, SCATTERED, 8, generator=torch.Generator().manual_seed(0)).data
+        for x in (images, holes)
+    )
+    assert torch.equal(one, other) and bool(one.isfinite().all())
+    with pytest.raises(ValueError, match="images must be finite"):
+        samplers.inpaint(model, process, torch.where(SCATTERED, math.nan, images), SCATTERED)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_masks_and_images_that_do_not_fit_are_refused():
     model, process = coupled("pixel", "common")
@@ -159,7 +172,7 @@ def test_masks_and_images_that_do_not_fit_are_refused():
     cases = [
         (dict(known=SCATTERED.expand(3, 1, 2, 3)), r"for all 2 images or for each; got \(3, 1, 2, 3\)"),
         (dict(process=process.along(schedules.sequential(COLUMN, b))), r"for all 2 images or for each"),
-        (dict(known=SCATTERED[..., :2]), r"shape \(1, 2, 3\); got torch.bool, .*\[1, 2, 2\]"),
+        (dict(known=SCATTERED[..., :2]), r"shape \(1, 2, 3\); got torch.bool of shape \(1, 2, 2\)"),
         (dict(known=SCATTERED.double()), "bool.* got torch.float64"),
         (dict(images=images[..., :2]), r"images must be .* of shape \(n, 1, 2, 3\); got .*\(2, 1, 2, 2\)"),
         (dict(steps=0), "steps must be at least 1; got 0"),

@@ -23,7 +23,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbformat import NotebookNode, ValidationError
 
 from gudlib.book.parameters import Parameter, declared
-from gudlib.files import IN_REPOSITORY, NOTEBOOKS, PACKAGE, replacing, with_repository, write
+from gudlib.files import IN_REPOSITORY, NOTEBOOKS, ROOT, replacing, with_repository, write
 
 PICTURE = NOTEBOOKS / "figures" / "overview.png"
 # Of the kernels in refresh and test alike: one thread gives the same digits again, bars would be stored as text.
@@ -54,8 +54,9 @@ class ThisPython(AsyncKernelManager):
 
 def environment() -> dict[str, str]:
     """Of kernels: this process's, with this gudlib, figures in the notebook, UTF-8, and absolute folders."""
-    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    pinned = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONUTF8": "1", "PYTHONPATH": path}
+    pinned = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONUTF8": "1"}
+    if IN_REPOSITORY:  # elsewhere it is installed, in that Python
+        pinned["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     given = (name for name in ("GUDLIB_DATA", "GUDLIB_RESULTS") if os.environ.get(name))
     return {**os.environ, **pinned, **{name: str(Path(os.environ[name]).resolve()) for name in given}}
 
@@ -148,9 +149,10 @@ def refresh(notebook: Path) -> None:
 
 
 def coalesce(cell: NotebookNode, **_: Any) -> None:
-    """Make what an executed cell printed one output for each stream, errors last, without lines written over.
+    """Make what an executed cell printed one output for each stream, without lines that were written over.
 
-    As nbclient's `coalesce_streams`, whose time grows with the square of a line's length.
+    Of two streams side by side the errors come last. As nbclient's `coalesce_streams` does, in a time that grows with
+    the square of a line's length.
     """
     streams: dict[str, NotebookNode] = {}
     kept = []
@@ -181,7 +183,7 @@ def execute(content: NotebookNode, folder: Path, seconds: float = CELL_TIMEOUT) 
     client = nbclient.NotebookClient(
         content,
         timeout=math.ceil(seconds),
-        startup_timeout=START_TIMEOUT,
+        startup_timeout=min(math.ceil(seconds), START_TIMEOUT),
         extra_arguments=QUIET,
         kernel_name="python3",
         record_timing=False,

@@ -20,6 +20,8 @@ import yaml
 from papermill.models import Parameter as PapermillParameter
 from papermill.translators import PythonTranslator, papermill_translators
 from pydantic import TypeAdapter, ValidationError
+from yaml.composer import ComposerError
+from yaml.nodes import MappingNode, ScalarNode
 
 PLAIN = ("bool", "int", "float", "str", "list", "tuple", "dict")
 SPECIAL = ("Literal", "Optional", "Union")
@@ -30,11 +32,12 @@ WORDS = {"None": None, "null": None, "true": True, "false": False}
 class _Texts(yaml.SafeLoader):
     """Loads YAML with every scalar as the text that it is, but for null and merged mappings; no name twice."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
+    def compose_mapping_node(self, anchor: Any) -> MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value if isinstance(key, ScalarNode)]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+            raise ComposerError(None, None, f"{twice[0]} is given twice", node.start_mark)
+        return node
 
 
 _Texts.yaml_implicit_resolvers = {
@@ -105,7 +108,7 @@ class Parameter:
 def _readings(value: Any) -> Iterator[tuple[Any, bool]]:
     """What a value can mean, the likelier before, and whether it must be of the type as it is."""
     yield _literals(value), True
-    if all(isinstance(leaf, str) for leaf in _leaves(value)):
+    if all(isinstance(leaf, str | None) for leaf in _leaves(value)):
         yield value, False
     if isinstance(value, str) and not isinstance(inner := yaml.load(value, _Texts), str):
         yield from _readings(inner)

@@ -49,7 +49,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.execute import remove_error_markers
 from tqdm import tqdm
 
-from gudlib import __version__
+from gudlib import __version__, checks
 from gudlib.book.notebooks import QUIET, START_TIMEOUT, ThisPython, coalesce, environment, find, parameters_of, start
 from gudlib.files import DATA, PACKAGE, ROOT, read_json, replacing, write, write_json
 
@@ -110,8 +110,7 @@ def plan(
         ValueError: for a parameter that no notebook declares or a value not of the declared type (it names what is
             accepted), for two notebooks that would write the same file, and for a timeout that is none.
     """
-    if not 0 < timeout < math.inf:
-        raise ValueError(f"timeout must be more than 0 seconds, and finite; got {timeout:g}")
+    timeout = checks.real("timeout, in seconds,", timeout, above=0)
     declared = {notebook: parameters_of(notebook) for notebook in notebooks}
     accepted = "; accepted are:"
     for notebook, types in declared.items():
@@ -363,7 +362,7 @@ def sweep(
 def _alone(folders: Iterable[Path]) -> Iterator[None]:
     """A block in which no other process that asks for it writes to these folders; a lock lies beside each."""
     with ExitStack() as stack:
-        for folder in sorted(folder.resolve() for folder in folders):
+        for folder in sorted({folder.resolve() for folder in folders}):
             if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
                 raise ValueError(f"results can't be written to {folder}: a file is in the way")
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -427,6 +426,10 @@ def _row(job: Job, key: str | None) -> dict[str, Any]:
     return row | facts
 
 
+def _has_mapping(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(map(_has_mapping, value)))
+
+
 def _writable_text(value: Any) -> Any:
     """A text without halves of characters, as names of files may have; anything else as it is."""
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
@@ -436,7 +439,7 @@ def _writable(frame: DataFrame) -> DataFrame:
     """The table, with JSON texts in columns whose values a table's column cannot hold together."""
     for name in (name for name, kind in frame.dtypes.items() if kind.kind == "O"):
         try:
-            mappings = any(isinstance(value, dict) for value in frame[name])  # each would get the keys of all
+            mappings = any(map(_has_mapping, frame[name]))  # each would get the keys of all
             pyarrow.parquet.write_table(pyarrow.Table.from_pandas(frame[[name]]), io.BytesIO())
         except (pyarrow.ArrowException, OverflowError, UnicodeError):
             mappings = True
@@ -454,12 +457,14 @@ def _gather(
 ) -> list[Result]:
     """The jobs' results, in their order; `done` is called with each job that is finished."""
     results: dict[int, Result] = {}
+    workers = min(checks.whole("workers", workers), len(jobs) or 1)
     with (
-        nullcontext(executor) if executor else _Workers(min(workers, len(jobs)) or 1) as executor,
+        nullcontext(executor) if executor else _Workers(workers) as executor,
         tqdm(total=len(jobs), desc="notebooks", unit="notebook", disable=None) as bar,
     ):
-        futures: dict[Future, int] = {executor.submit(run_job, job): number for number, job in enumerate(jobs)}
+        futures: dict[Future, int] = {}
         try:
+            futures.update((executor.submit(run_job, job), number) for number, job in enumerate(jobs))
             for future in as_completed(futures):
                 job, error = jobs[futures[future]], future.exception()  # an error: the worker was killed
                 output = job.out / f"{job.notebook.stem}.ipynb"
@@ -468,11 +473,11 @@ def _gather(
                 bar.write(f"{name(job)} {result.status}, {result.seconds / 60:.1f} min")
                 bar.update()
                 done(job)
-        except KeyboardInterrupt:
-            executor.shutdown(wait=False, cancel_futures=True)
+        except BaseException as error:  # an interrupt, a full disk
             if isinstance(executor, _Workers):
-                for worker in multiprocessing.active_children():
-                    worker.terminate()
+                executor.stop()
+            elif isinstance(error, KeyboardInterrupt):
+                executor.shutdown(wait=False, cancel_futures=True)
             raise
     return [results[number] for number in range(len(jobs))]
 
@@ -482,6 +487,7 @@ class _Workers(ThreadPoolExecutor):
 
     def __init__(self, count: int) -> None:
         super().__init__(count)
+        self._count = count
         self._folder = tempfile.TemporaryDirectory()
         self._told = str(Path(self._folder.name) / "lock"), max(1, cores() // count), os.getpid()
         self._before = tqdm.get_lock()
@@ -508,6 +514,14 @@ class _Workers(ThreadPoolExecutor):
             raise RuntimeError("the process that ran it was killed, for want of memory perhaps") from error
         finally:
             self._idle.put((line, process))
+
+    def stop(self) -> None:
+        """End all processes, and begin no job any more."""
+        self.shutdown(wait=False, cancel_futures=True)
+        while self._idle.qsize() < self._count:  # a thread may just be starting the next process
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            time.sleep(0.1)
 
     def __exit__(self, *reason: Any) -> None:
         super().__exit__(*reason)

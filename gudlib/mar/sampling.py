@@ -73,8 +73,7 @@ def generate(
     if network.kind != "masked" and len(cuts) <= network.count:
         raise ValueError(f"a {network.kind} model draws one token a step, steps = {network.count}; got {steps}")
     n, guidance = checks.whole("n", n), checks.real("guidance", guidance)
-    several = isinstance(head_steps, list | tuple)
-    each = list(head_steps) if several else [head_steps] * (len(cuts) - 1)
+    each = list(head_steps) if isinstance(head_steps, Sequence) else [head_steps] * (len(cuts) - 1)
     each = [checks.whole("head_steps", number) for number in each]
     if len(each) != len(cuts) - 1:
         raise ValueError(f"head_steps must be one number, or {len(cuts) - 1}, one for each step; got {len(each)}")
