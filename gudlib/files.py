@@ -102,7 +102,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated, not one of ours, or not as it was written (files before version 0.4 don't tell);
+        ValueError: if it is truncated, not one of ours, or not as it was written (files without a digest do not tell);
             it is named.
     """
     from safetensors import SafetensorError
