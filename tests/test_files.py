@@ -130,3 +130,13 @@ def test_a_hundred_damaged_checkpoints_are_refused_by_name(tmp_path):
             assert all(torch.equal(found[name], value) for name, value in weights.items())
             read += 1
     assert read <= 3
+
+
+@pytest.mark.parametrize("old, new", [(b"1234", b"1235"), (b"weight", b"height"), (b"\x00\x00\x80?", b"\x00\x00\x80@")])
+def test_a_digest_is_of_header_names_and_numbers(tmp_path, old, new):
+    files.write_tensors(tmp_path / "a", {"weight": torch.ones(3)}, {"steps": 1234})
+    content = (tmp_path / "a").read_bytes()
+    assert old in content
+    (tmp_path / "a").write_bytes(content.replace(old, new, 1))
+    with pytest.raises(ValueError, match="a is not a complete gudlib checkpoint: it is not as it was written"):
+        files.read_tensors(tmp_path / "a")
