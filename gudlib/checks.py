@@ -156,13 +156,14 @@ def data(name: str, values: Any, shape: Sequence[int] | None = None, least: int 
     return values
 
 
-def images(name: str, values: Any, least: int = 1) -> Tensor:
-    """Grey levels or data (n, c, h, w).
+def images(name: str, values: Any, least: int = 1, shape: Sequence[int] | None = None) -> Tensor:
+    """Grey levels or data (n, c, h, w), at least so many, of a shape (c, h, w) if one is given.
 
     Raises:
         ValueError: for anything else; it names the argument.
     """
-    return (grey if getattr(values, "dtype", None) == torch.uint8 else data)(name, values, None, least)
+    floating = isinstance(values, Tensor) and values.is_floating_point()
+    return (data if floating else grey)(name, values, shape, least)
 
 
 def batch(name: str, values: Any) -> Tensor:

@@ -56,6 +56,8 @@ from gudlib.schedules import Schedule, Time
 
 WEIGHTINGS = ("plain", "likelihood", "answer")
 
+Data = UInt8[Tensor, "n c h w"] | Float[Tensor, "n c h w"]  # grey levels, or data as they are
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -162,7 +164,8 @@ class Loop(ABC):
 
     Arguments:
         denoiser: its network is trained in place.
-        images: the training data (n, c, h, w), uint8.
+        images: the training data (n, c, h, w): uint8, dequantised at every use, or what the configuration says; or
+            floating, codes of images, say, which are taken as they are.
         shape: that an image must have, (c, h, w).
         config: how to train.
         checkpoint: file to write to every `save_every` steps and at the end, and to resume from if it is there.
@@ -176,14 +179,14 @@ class Loop(ABC):
     def __init__(
         self,
         denoiser: Denoiser,
-        images: UInt8[Tensor, "n c h w"],
+        images: Data,
         shape: tuple[int, ...],
         config: TrainingConfig,
         checkpoint: str | Path | None,
     ) -> None:
         from accelerate import Accelerator
 
-        checks.grey("images", images, shape)
+        checks.images("images", images, shape=shape)
         if config.symmetries == "all" and shape[-2] != shape[-1]:
             raise ValueError(f"symmetries 'all' are of square images; these are {shape[-2]} x {shape[-1]}")
         self.config, self.checkpoint = config, checkpoint
@@ -191,7 +194,7 @@ class Loop(ABC):
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=devices.precision())
         denoiser.to(self.accelerator.device)
         self._digest = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
-        self.images = images.to(self.accelerator.device)
+        self.images = (images.float() if images.is_floating_point() else images).to(self.accelerator.device)
         self.plain, self._described = denoiser.network.train(), describe(denoiser)
         self._around = probe(denoiser.reference.state_dict())
         self._white_variance = denoiser.prior.log_variance.exp().float()
@@ -245,8 +248,10 @@ class Loop(ABC):
             yield
 
     def data(self, which: Int64[Tensor, " b"], generator: torch.Generator) -> Batch:
-        """Those images as data (b, c, h, w): after a random symmetry, dequantised or not, as the configuration says."""
+        """Those images as data (b, c, h, w): after a random symmetry; grey levels dequantised or not, as configured."""
         images = statistics.randomly_mirrored(self.images[which], self.config.symmetries, generator)
+        if images.is_floating_point():
+            return images
         return scale(images) if self.config.discrete else dequantise(images, generator)
 
     def weighted(self, error: Batch, schedule: Schedule, t: Time, part: slice = slice(None)) -> Tensor:
@@ -342,7 +347,7 @@ class Trainer(Loop):
 
     Arguments:
         denoiser: to be trained in place.
-        images: the training data (n, c, h, w), uint8.
+        images: the training data (n, c, h, w), as for `Loop`.
         draw: `(n, generator) -> Schedule`, a schedule for each image of a batch, as in `gudlib.families`.
         config: how to train.
         checkpoint: file to write to every `save_every` steps and at the end, and to resume from if it is there.
@@ -354,7 +359,7 @@ class Trainer(Loop):
     def __init__(
         self,
         denoiser: Denoiser,
-        images: UInt8[Tensor, "n c h w"],
+        images: Data,
         draw: Draw,
         config: TrainingConfig,
         checkpoint: str | Path | None = None,

@@ -656,8 +656,10 @@ def test_seeds_may_be_long(tmp_path):
 
 @pytest.mark.usefixtures("unchecked")
 def test_images_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"uint8 of shape \(n, 1, 8, 8\); got torch.float32"):
+    with pytest.raises(ValueError, match=r"images must be data, .*; got whole numbers up to \d+, grey levels perhaps"):
         trainer(images=pictures().float())
+    with pytest.raises(ValueError, match=r"uint8 of shape \(n, 1, 8, 8\); got torch.int64"):
+        trainer(images=pictures().long())
     with pytest.raises(ValueError, match=r"\(n, 1, 8, 8\); got torch.uint8 of shape \(64, 1, 8, 4\)"):
         trainer(images=pictures()[..., :4])
 

@@ -6,14 +6,15 @@ References:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from gudlib import checks, samplers
 from gudlib.mar.model import Autoregressor, check_labels, permutations
-from gudlib.mar.networks import Labels, Permutation
+from gudlib.mar.networks import Labels, Network, Permutation, Tokens
 from gudlib.process import Batch
 from gudlib.schedules import Schedule
 
@@ -68,28 +69,53 @@ def generate(
         ValueError: for sizes out of range, head_steps for another number of steps, several tokens a step of a causal
             model, guidance without labels, or labels that do not fit.
     """
-    network = model.network
-    cuts = unmasking(network.count, network.count if steps is None else steps)
-    if network.kind != "masked" and len(cuts) <= network.count:
-        raise ValueError(f"a {network.kind} model draws one token a step, steps = {network.count}; got {steps}")
     n, guidance = checks.whole("n", n), checks.real("guidance", guidance)
+    cuts = rounds(model.network, steps)
     each = list(head_steps) if isinstance(head_steps, Sequence) else [head_steps] * (len(cuts) - 1)
     each = [checks.whole("head_steps", number) for number in each]
     if len(each) != len(cuts) - 1:
         raise ValueError(f"head_steps must be one number, or {len(cuts) - 1}, one for each step; got {len(each)}")
     if guidance != 1 and labels is None:
         raise ValueError(f"guidance = {guidance} needs labels")
-    check_labels(labels, n, network.classes)
+    check_labels(labels, n, model.network.classes)
+    process, cache, inner = model.process(schedule), model.network.trunk.cache(), iter(each)
+
+    def draw(tokens: Tokens, permutation: Permutation, start: int, stop: int) -> Tensor:
+        w = 1 + (guidance - 1) * stop / model.network.count
+        conditional = model.conditional(tokens, permutation, start, stop, labels, w, cache)
+        size = n * (stop - start)
+        return samplers.sample(
+            conditional, process, size, next(inner), method, generator, temperature=temperature
+        ).white
+
+    return in_order(model, n, cuts, generator, draw)
+
+
+def rounds(network: Network, steps: int | None) -> list[int]:
+    """How many tokens are known before each of `steps` steps, and at the end; None for one token a step.
+
+    Raises:
+        ValueError: for more steps than tokens, or several tokens a step of a causal network.
+    """
+    cuts = unmasking(network.count, network.count if steps is None else steps)
+    if network.kind != "masked" and len(cuts) <= network.count:
+        raise ValueError(f"a {network.kind} model draws one token a step, steps = {network.count}; got {steps}")
+    return cuts
+
+
+def in_order(
+    model: Autoregressor,
+    n: int,
+    cuts: Sequence[int],
+    generator: torch.Generator,
+    draw: Callable[[Tokens, Permutation, int, int], Tensor],
+) -> tuple[Batch, Permutation]:
+    """Draw `n` images step by step, and in which order: `draw` gives white tokens permutation[:, start:stop]."""
+    network = model.network
     permutation = permutations(network.kind == "raster", n, network.count, generator)
     size = n, network.count, math.prod(model.basis.shape)
     tokens = torch.zeros(size, dtype=torch.float32, device=generator.device)
-    process, cache = model.process(schedule), network.trunk.cache()
-    for (start, stop), inner in zip(pairwise(cuts), each, strict=True):
-        w = 1 + (guidance - 1) * stop / network.count
-        conditional = model.conditional(tokens, permutation, start, stop, labels, w, cache)
-        drawn = samplers.sample(
-            conditional, process, n * (stop - start), inner, method, generator, temperature=temperature
-        )
-        places = permutation[:, start:stop, None].expand(-1, -1, tokens.shape[-1])
-        tokens = tokens.scatter(1, places, drawn.white.float().reshape(places.shape))
+    for start, stop in pairwise(cuts):
+        places = permutation[:, start:stop, None].expand(-1, -1, size[2])
+        tokens = tokens.scatter(1, places, draw(tokens, permutation, start, stop).float().reshape(places.shape))
     return model.images(tokens), permutation

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from torch import Tensor
 
 from gudlib import checks
 from gudlib.denoiser import Denoiser
 from gudlib.families import stratified_times
 from gudlib.mar.model import Autoregressor, Conditioned, check_labels, permutations
-from gudlib.mar.networks import Network
+from gudlib.mar.networks import Labels, Permutation, Tokens
 from gudlib.process import diffuse
 from gudlib.schedules import Schedule
-from gudlib.training import Loop, TrainingConfig, probe, stream_seed
+from gudlib.training import Data, Loop, TrainingConfig, probe, stream_seed
 
 
 def mask_ratio(lowest: float, spread: float, generator: torch.Generator) -> float:
@@ -56,14 +56,14 @@ class MarTrainingConfig(TrainingConfig):
         checks.settle(self, found)
 
 
-class MarTrainer(Loop):
-    """Trains an autoregressor; the rest is as for `gudlib.training.Trainer`.
+class TokenTrainer(Loop):
+    """What all trainings of models of tokens share; the rest is as for `gudlib.training.Trainer`.
 
     Arguments:
         model: to be trained in place.
-        images: the training data (n, c, h, w), uint8, dequantised at every use, or what the configuration says.
+        images: the training data (n, c, h, w): uint8, dequantised at every use, or what the configuration says; or
+            floating, codes of images, say, which are taken as they are.
         labels: their classes (n,), for a network that has some.
-        schedule: of one token.
         config: how to train.
         checkpoint: file to write to every `save_every` steps and at the end, and to resume from if it is there.
 
@@ -76,9 +76,8 @@ class MarTrainer(Loop):
     def __init__(
         self,
         model: Autoregressor,
-        images: UInt8[Tensor, "n c h w"],
+        images: Data,
         labels: Int64[Tensor, " n"] | None,
-        schedule: Schedule,
         config: MarTrainingConfig,
         checkpoint: str | Path | None = None,
     ) -> None:
@@ -87,16 +86,14 @@ class MarTrainer(Loop):
             raise ValueError(f"labels must be given if the network has classes, only then; it has {network.classes}")
         check_labels(labels, len(images), network.classes)
         plain = Denoiser(network, model.reference)
-        self.schedule = schedule
         self._classes = None if labels is None else hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()
         super().__init__(plain, images, network.image, config, checkpoint)
         self.model = model.to(self.images.device)
         self.labels = None if labels is None else labels.to(self.images.device)
 
-    def loss(self, index: int) -> tuple[Tensor, Tensor]:
-        """Weighted loss, and squared noise errors (b m repeats, c, p, p), on the batch of step `index`."""
+    def batch(self, index: int, generator: torch.Generator) -> tuple[Tokens, Permutation, int, Labels]:
+        """Of step `index`: white tokens, their order, how many are known to a masked trunk, labels, some withheld."""
         s, network, device = self.config, self.model.network, self.images.device
-        generator = self.stream(index)
         which = torch.randint(len(self.images), (s.batch,), generator=generator, device=device)
         tokens = self.model.tokens(self.data(which, generator))
         labels = torch.full_like(which, network.classes)
@@ -108,12 +105,53 @@ class MarTrainer(Loop):
         if network.kind == "masked":
             host = torch.Generator().manual_seed(stream_seed(s.seed, index + 500_000))  # a number for the host to know
             start = network.count - math.ceil(network.count * mask_ratio(*s.masking, host))
+        return tokens, permutation, start, labels
+
+    @property
+    def mine(self) -> slice:
+        """Which images of a batch are this process's."""
+        return slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+
+    def _header(self) -> dict[str, Any]:
+        return super()._header() | {"labels": self._classes}
+
+    def averaged(self) -> Autoregressor:
+        """A model with the averaged weights, sharing the reference; for sampling."""
+        return type(self.model)(self.average, self.model.reference).eval()  # type: ignore[arg-type]
+
+
+class MarTrainer(TokenTrainer):
+    """Trains an autoregressor with the diffusion loss.
+
+    Arguments:
+        model, images, labels, config, checkpoint: as for `TokenTrainer`.
+        schedule: of one token.
+
+    Raises:
+        ValueError: as `TokenTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: Autoregressor,
+        images: Data,
+        labels: Int64[Tensor, " n"] | None,
+        schedule: Schedule,
+        config: MarTrainingConfig,
+        checkpoint: str | Path | None = None,
+    ) -> None:
+        self.schedule = schedule
+        super().__init__(model, images, labels, config, checkpoint)
+
+    def loss(self, index: int) -> tuple[Tensor, Tensor]:
+        """Weighted loss, and squared noise errors (b m repeats, c, p, p), on the batch of step `index`."""
+        s, device, generator, mine = self.config, self.images.device, self.stream(index), self.mine
+        tokens, permutation, start, labels = self.batch(index, generator)
         target = tokens.take_along_dim(permutation[:, start:, None], 1).repeat_interleave(s.repeats, 1)
         t = stratified_times(target[..., 0].numel(), generator)
         t = t[torch.randperm(len(t), generator=generator, device=device)].view(target.shape[:2])
         eps = torch.randn(target.shape, generator=generator, device=device, dtype=target.dtype)
 
-        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         t, shape = t[mine].flatten(), self.model.basis.shape
         white, eps = target[mine].reshape(-1, *shape), eps[mine].reshape(-1, *shape)
         gamma = self.schedule.gamma(t).float()
@@ -126,9 +164,4 @@ class MarTrainer(Loop):
 
     def _header(self) -> dict[str, Any]:
         gamma = self.schedule.gamma(torch.linspace(0, 1, 4, dtype=torch.float64))
-        return super()._header() | {"schedule": probe({"gamma": gamma}), "labels": self._classes}
-
-    def averaged(self) -> Autoregressor:
-        """A model with the averaged weights, sharing the reference; for sampling."""
-        network: Network = self.average  # type: ignore[assignment]
-        return Autoregressor(network, self.model.reference).eval()
+        return super()._header() | {"schedule": probe({"gamma": gamma})}

@@ -1,0 +1,241 @@
+r"""What a diffusion loss is compared with: heads that say a token's distribution outright, as a mixture of normals.
+
+Around the same trunk, with z what it says of a token x of D numbers,
+
+    code      x is rounded to the nearest of k codewords, fixed beforehand by k-means; cross-entropy of which one
+    mixture   k normals with variances for each number, all chosen by z: their NLL (GIVT)
+    mean      one normal: its mean chosen by z, one spread for all tokens. Its NLL is the mean square error, scaled
+
+All have a density in closed form, p(x | z) = sum_j w_j N(x; m_j, s_j^2), so the chain rule gives the NLL of dequantised
+images exactly; codewords, for that, have the spread of what is rounded to them. Pictures are drawn as published: a
+codeword as it is, a mixture with its noise, and the mean without any at temperature 0.
+
+References:
+    Autoregressive Image Generation without Vector Quantization, T. Li, Y. Tian, H. Li, M. Deng, K. He, 2024,
+    https://arxiv.org/abs/2406.11838, table 1 (cross-entropy) and appendix D.3 (mean)
+    GIVT: Generative Infinite-Vocabulary Transformers, M. Tschannen, C. Eastwood, F. Mentzer, 2023,
+    https://arxiv.org/abs/2312.02116
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, UInt8
+from scipy.cluster.vq import kmeans2
+from torch import Tensor, nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torch.nn import functional
+
+from gudlib import checks
+from gudlib.data import dequantise
+from gudlib.likelihood import bits_per_dim
+from gudlib.mar.model import Autoregressor, permutations
+from gudlib.mar.networks import Labels, Network, Permutation, Tokens
+from gudlib.mar.sampling import in_order, rounds
+from gudlib.mar.training import TokenTrainer
+from gudlib.process import Batch
+
+LOSSES = ("code", "mixture", "mean")
+NARROWEST = 1e-3  # spread of a normal, in units of the tokens'
+
+
+class MixtureHead(nn.Module):
+    """A multilayer perceptron that chooses a mixture of normals.
+
+    Arguments:
+        loss: `code`, `mixture` or `mean`.
+        dim: D; context: size of z; width and depth.
+        components: k, 1 for `mean`.
+    """
+
+    def __init__(self, loss: str, dim: int, context: int, width: int, depth: int, components: int) -> None:
+        super().__init__()
+        self.loss, self.dim, self.components = loss, dim, components
+        answers = {"code": components, "mixture": components * (1 + 2 * dim), "mean": dim}[loss]
+        sizes = [context, *[width] * depth]
+        hidden = [part for pair in pairwise(sizes) for part in (nn.Linear(*pair), nn.SiLU())]
+        self.body = nn.Sequential(*hidden, nn.Linear(width, answers))
+        spread = torch.zeros(())
+        self.log_spread = nn.Parameter(spread) if loss == "mean" else nn.Buffer(spread)
+        self.centres = nn.Buffer(torch.zeros(components if loss == "code" else 0, dim))
+
+    def forward(self, z: Float[Tensor, "*n context"]) -> MixtureSameFamily:
+        """p(x | z) of white tokens (*n, D)."""
+        y, spread = self.body(z), self.log_spread.exp()
+        if self.loss == "code":
+            weight, mean = y, self.centres.expand(*z.shape[:-1], -1, -1)
+        elif self.loss == "mean":
+            weight, mean = torch.zeros_like(y[..., :1]), y.unflatten(-1, (1, self.dim))
+        else:
+            weight, rest = y[..., : self.components], y[..., self.components :]
+            mean, log_spread = rest.unflatten(-1, (self.components, 2, self.dim)).unbind(-2)
+            spread = log_spread.clamp(min=math.log(NARROWEST)).exp()
+        normal = Normal(mean, spread.expand_as(mean), validate_args=False)
+        return MixtureSameFamily(
+            Categorical(logits=weight, validate_args=False), Independent(normal, 1), validate_args=False
+        )
+
+
+class MixtureNetwork(Network):
+    """Trunk and a head that chooses a mixture.
+
+    Arguments:
+        loss: `code`, `mixture` or `mean`.
+        kind, image, size, options: as for `Network`; `head` is (depth, width) of the perceptron.
+        components: k, of codewords or normals.
+
+    Raises:
+        ValueError: for an unknown loss, components below 1 or other than 1 for `mean`, and as `Network`.
+    """
+
+    def __init__(
+        self, loss: str, kind: str, image: Sequence[int], size: int, components: int = 1, **options: object
+    ) -> None:
+        checks.one_of("loss", loss, LOSSES)
+        components = checks.whole("components", components, most=1 if loss == "mean" else None)
+        super().__init__(kind, image, size, **options)  # type: ignore[arg-type]
+        self.config |= {"loss": loss, "components": components}
+        depth, width = self.config["head"]
+        self.head = MixtureHead(loss, image[0] * size**2, self.config["width"], width, depth, components)  # type: ignore[assignment]
+        self.float()
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tokens,
+        permutation: Permutation,
+        start: int,
+        stop: int,
+        labels: Labels,
+        cache: list[list[Tensor]] | None = None,
+    ) -> MixtureSameFamily:
+        """p of white tokens permutation[:, start:stop], (b, stop - start, D)."""
+        return self.head(self.trunk(tokens, permutation, start, stop, labels, cache))
+
+
+def codewords(tokens: Float[Tensor, "n d"], k: int, seed: int = 0, rounds: int = 20) -> Float[Tensor, "k d"]:
+    """The centres of `k` clusters of white tokens, by k-means from k-means++ beginnings.
+
+    Raises:
+        ValueError: for tokens that are not finite, or fewer than k.
+    """
+    k, seed, rounds = checks.whole("k", k), checks.seed("seed", seed), checks.whole("rounds", rounds)
+    if len(checks.finite("tokens", tokens)) < k:
+        raise ValueError(f"tokens must be at least k, {k}; got {len(tokens)}")
+    centres, _ = kmeans2(tokens.double().cpu().numpy(), k, rounds, minit="++", rng=seed % 2**32)
+    return torch.as_tensor(centres).to(tokens)
+
+
+class MixtureAutoregressor(Autoregressor):
+    """An autoregressor whose tokens have a density in closed form.
+
+    Arguments:
+        network: with a mixture for each token.
+        reference: of the tokens: its basis and prior are used, its distribution is not.
+    """
+
+    network: MixtureNetwork
+
+    def fit_codewords(self, images: UInt8[Tensor, "n c h w"], sample: int = 20_000, seed: int = 0) -> None:
+        """Codewords for a head `code`, from a sample of the images' tokens, dequantised."""
+        head, generator = self.network.head, torch.Generator(images.device).manual_seed(seed)
+        tokens = self.tokens(dequantise(images, generator)).flatten(0, 1)
+        some = tokens[torch.randperm(len(tokens), generator=generator, device=images.device)[:sample]]
+        centres = codewords(some, head.components, seed)
+        off = some - centres[torch.cdist(some, centres).argmin(1)]
+        head.centres.copy_(centres)  # type: ignore[operator]
+        head.log_spread.copy_(off.square().mean().sqrt().clamp(min=NARROWEST).log())  # type: ignore[operator]
+
+    def rounded(self, images: Batch) -> Batch:
+        """Data (b, c, h, w) with every token replaced by its codeword: the best that a head `code` can draw."""
+        tokens, centres = self.tokens(images), self.network.head.centres
+        return self.images(centres[nearest(tokens, centres)])  # type: ignore[index]
+
+    @torch.no_grad()
+    def bits(
+        self, images: UInt8[Tensor, "n c h w"], steps: int | None = None, seed: int = 0, chunk: int = 64
+    ) -> Float[Tensor, " n"]:
+        """NLL in bits per dimension of each image, dequantised, its tokens taken in `steps` steps (None: one by one).
+
+        A masked model's is of one random order for each image; tokens of one step are independent given those before.
+        """
+        network, generator = self.network, torch.Generator(images.device).manual_seed(seed)
+        cuts = rounds(network, steps) if network.kind == "masked" else [0, network.count]
+        found = []
+        for part in checks.grey("images", images, network.image).split(chunk):
+            tokens = self.tokens(dequantise(part, generator))
+            permutation = permutations(network.kind == "raster", len(part), network.count, generator)
+            labels = permutation.new_full((len(part),), network.classes)
+            nats = torch.zeros(len(part), dtype=torch.float64, device=images.device)
+            for start, stop in pairwise(cuts):
+                asked = tokens.take_along_dim(permutation[:, start:stop, None], 1)
+                nats -= network(tokens, permutation, start, stop, labels).log_prob(asked).double().sum(1)
+            found.append(nats + network.count * self.prior.log_volume)
+        return torch.as_tensor(bits_per_dim(torch.cat(found), images[0].numel()))
+
+    @torch.no_grad()
+    def generate(
+        self, n: int, generator: torch.Generator, steps: int | None = None, temperature: float = 1.0
+    ) -> tuple[Batch, Permutation]:
+        """Draw `n` images, data (n, c, h, w), and in which order.
+
+        Arguments:
+            n: number of images; generator: of all randomness.
+            steps: of the trunk, as for `mar.generate`.
+            temperature: divides the logits of a `code`, scales the spread of the others' normals.
+
+        Raises:
+            ValueError: for sizes out of range, several tokens a step of a causal model, or a negative temperature.
+        """
+        n, temperature = checks.whole("n", n), checks.real("temperature", temperature, least=0)
+        network, cache = self.network, self.network.trunk.cache()
+        labels = torch.full((n,), network.classes, device=generator.device)
+
+        def draw(tokens: Tokens, permutation: Permutation, start: int, stop: int) -> Tensor:
+            found = network(tokens, permutation, start, stop, labels, cache)
+            return _drawn(found, network.head.loss == "code", temperature, generator)
+
+        return in_order(self, n, rounds(network, steps), generator, draw)
+
+
+class MixtureTrainer(TokenTrainer):
+    """Trains an autoregressor whose tokens have a density: NLL, or for a head `code` the cross-entropy of codewords."""
+
+    model: MixtureAutoregressor
+
+    def loss(self, index: int) -> tuple[Tensor, Tensor]:
+        """The loss, in nats a number, and that of each token (b m, 1, 1, 1), on the batch of step `index`."""
+        generator, mine = self.stream(index), self.mine
+        tokens, permutation, start, labels = self.batch(index, generator)
+        target = tokens.take_along_dim(permutation[:, start:, None], 1)[mine]
+        with self.seeded(generator):
+            found = self.denoiser.network(tokens[mine], permutation[mine], start, permutation.shape[1], labels[mine])
+        head = self.model.network.head
+        if head.loss == "code":
+            which = nearest(target, head.centres)  # type: ignore[arg-type]
+            logits = found.mixture_distribution.logits
+            nats = functional.cross_entropy(logits.flatten(0, 1), which.flatten(), reduction="none")
+        else:
+            nats = -found.log_prob(target).flatten()
+        nats = nats / target.shape[-1]
+        return nats.mean(), nats.view(-1, 1, 1, 1)
+
+
+def nearest(tokens: Float[Tensor, "*n d"], centres: Float[Tensor, "k d"]) -> Tensor:
+    """Which codeword is nearest to each token, (*n)."""
+    return torch.cdist(tokens.flatten(0, -2), centres).argmin(1).view(tokens.shape[:-1])
+
+
+def _drawn(found: MixtureSameFamily, code: bool, temperature: float, generator: torch.Generator) -> Tensor:
+    logits, normal = found.mixture_distribution.logits, found.component_distribution.base_dist  # type: ignore[attr-defined]
+    if code and temperature == 0:
+        which = logits.argmax(-1, keepdim=True)
+    else:
+        chances = (logits / temperature if code else logits).softmax(-1)
+        which = torch.multinomial(chances.flatten(0, -2), 1, generator=generator).view(*chances.shape[:-1], 1)
+    mean, spread = (each.take_along_dim(which[..., None], -2).squeeze(-2) for each in (normal.loc, normal.scale))
+    if code:
+        return mean
+    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return mean + temperature * spread * noise
