@@ -53,8 +53,10 @@ from gudlib import (
     windows,
     zoo,
 )
+from gudlib.mar import mixtures
 from gudlib.mar import model as mar_model
 from gudlib.mar import networks as mar_networks
+from gudlib.mar import sampling as mar_sampling
 from gudlib.model import GUD
 from gudlib.process import Process
 
@@ -662,6 +664,32 @@ def use_chain_rule(d, kind):
     return mar.chain_rule_bound(model.conditional, p, photos(d, 3), cuts, raster, draws=2, labels=labels)
 
 
+def mixed(d, loss, kind="masked"):
+    """An autoregressor whose tokens have a density."""
+    network = mixtures.MixtureNetwork(loss, kind, SHAPE, 2, 1 if loss == "mean" else 3, width=8, depth=1, heads=2)
+    return awake(mixtures.MixtureAutoregressor(network, autoregressor("cpu").reference)).float().to(d)
+
+
+@probe("mar.mixtures.MixtureAutoregressor", *mixtures.LOSSES)
+def use_mixed(d, loss):
+    model = mixed(d, loss)
+    if loss == "code":
+        model.fit_codewords(IMAGES.to(d), sample=50)
+    rounded = model.rounded(photos(d)) if loss == "code" else None
+    return rounded, model.bits(IMAGES.to(d), 2), model.generate(3, gen(d), 2)
+
+
+@probe("mar.mixtures.MixtureNetwork", *mixtures.LOSSES)
+def use_mixture_network(d, loss):
+    tokens, orders, labels = tokens_on(d)
+    return mixed(d, loss, "raster").network(tokens, orders, 1, 3, labels * 0).log_prob(tokens[:, 1:3])
+
+
+@probe("mar.mixtures.MixtureHead", *mixtures.LOSSES)
+def use_mixture_head(d, loss):
+    return mixed(d, loss).network.head(noise(d, 3, 8).float()).log_prob(noise(d, 3, 4).float())
+
+
 def use_mar_file(d, read):
     with file() as where:
         mar.save(autoregressor(d), where)
@@ -669,6 +697,11 @@ def use_mar_file(d, read):
 
 
 PROBES |= {
+    "mar.sampling.in_order": lambda d: mar_sampling.in_order(
+        autoregressor(d), 3, [0, 2, 6], gen(d), lambda tokens, order, a, b: tokens[:, a:b] + noise(d, 3, b - a, 4)
+    ),
+    "mar.mixtures.codewords": lambda d: mixtures.codewords(noise(d, 40, 4), 3),
+    "mar.mixtures.nearest": lambda d: mixtures.nearest(noise(d, 2, 5, 4), noise(d, 3, 4, seed=1)),
     "mar.likelihood.ChainRuleLikelihood": lambda d: use_chain_rule(d, "masked").curve,
     "mar.model.patchify": lambda d: mar.patchify(normals(d), 2),
     "mar.model.unpatchify": lambda d: mar.unpatchify(tokens_on(d)[0], SHAPE, 2),
@@ -988,6 +1021,11 @@ def mar_trainer_of(kind, classes=3, histograms=False):
     return mar.MarTrainer(model, IMAGES, labels, TOKEN_LINE, settings)
 
 
+def mixture_trainer_of(loss, kind):
+    settings = mar.MarTrainingConfig(steps=4, batch=4, warmup=2)
+    return mixtures.MixtureTrainer(mixed("cpu", loss, kind), IMAGES, None, settings)
+
+
 def train(d, trainer, steps=2):
     """Losses of some steps, and the averaged weights."""
     assert trainer.accelerator.device.type == d
@@ -1052,6 +1090,17 @@ def use_record(d):
 @probe("mar.training.MarTrainer", "raster", "masked")
 def use_mar_trainer(d, kind):
     return train(d, mar_trainer_of(kind))
+
+
+@probe("mar.training.TokenTrainer")
+def use_token_trainer(d):
+    trainer = mixture_trainer_of("mean", "masked")
+    return trainer.batch(2, trainer.stream(2)), train(d, trainer)
+
+
+@probe("mar.mixtures.MixtureTrainer", *mixtures.LOSSES)
+def use_mixture_trainer(d, loss):
+    return train(d, mixture_trainer_of(loss, "masked"))
 
 
 PROBES |= {
@@ -1275,6 +1324,7 @@ STEPS = {
     "all that can be": lambda: rich_trainer("answer"),
     **{f"mar, {kind}": functools.partial(mar_trainer_of, kind) for kind in ("raster", "masked")},
     "mar around PatchHistograms": lambda: mar_trainer_of("random", histograms=True),
+    **{f"mar, {loss}": functools.partial(mixture_trainer_of, loss, "raster") for loss in mixtures.LOSSES},
 }  # fmt: skip
 
 

@@ -161,7 +161,7 @@ class MixtureAutoregressor(Autoregressor):
         A masked model's is of one random order for each image; tokens of one step are independent given those before.
         """
         network, generator = self.network, torch.Generator(images.device).manual_seed(seed)
-        cuts = rounds(network, steps) if network.kind == "masked" else [0, network.count]
+        cuts = rounds(network.kind, network.count, steps) if network.kind == "masked" else [0, network.count]
         found = []
         for part in checks.grey("images", images, network.image).split(chunk):
             tokens = self.tokens(dequantise(part, generator))
@@ -196,7 +196,7 @@ class MixtureAutoregressor(Autoregressor):
             found = network(tokens, permutation, start, stop, labels, cache)
             return _drawn(found, network.head.loss == "code", temperature, generator)
 
-        return in_order(self, n, rounds(network, steps), generator, draw)
+        return in_order(self, n, rounds(network.kind, network.count, steps), generator, draw)
 
 
 class MixtureTrainer(TokenTrainer):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gudlib import checks, samplers
 from gudlib.mar.model import Autoregressor, check_labels, permutations
-from gudlib.mar.networks import Labels, Network, Permutation, Tokens
+from gudlib.mar.networks import Labels, Permutation, Tokens
 from gudlib.process import Batch
 from gudlib.schedules import Schedule
 
@@ -70,7 +70,7 @@ def generate(
             model, guidance without labels, or labels that do not fit.
     """
     n, guidance = checks.whole("n", n), checks.real("guidance", guidance)
-    cuts = rounds(model.network, steps)
+    cuts = rounds(model.network.kind, model.network.count, steps)
     each = list(head_steps) if isinstance(head_steps, Sequence) else [head_steps] * (len(cuts) - 1)
     each = [checks.whole("head_steps", number) for number in each]
     if len(each) != len(cuts) - 1:
@@ -91,15 +91,15 @@ def generate(
     return in_order(model, n, cuts, generator, draw)
 
 
-def rounds(network: Network, steps: int | None) -> list[int]:
-    """How many tokens are known before each of `steps` steps, and at the end; None for one token a step.
+def rounds(kind: str, count: int, steps: int | None) -> list[int]:
+    """How many of `count` tokens are known before each of `steps` steps, and at the end; None for one token a step.
 
     Raises:
         ValueError: for more steps than tokens, or several tokens a step of a causal network.
     """
-    cuts = unmasking(network.count, network.count if steps is None else steps)
-    if network.kind != "masked" and len(cuts) <= network.count:
-        raise ValueError(f"a {network.kind} model draws one token a step, steps = {network.count}; got {steps}")
+    cuts = unmasking(count, count if steps is None else steps)
+    if kind != "masked" and len(cuts) <= count:
+        raise ValueError(f"a {kind} model draws one token a step, steps = {count}; got {steps}")
     return cuts
 
 
