@@ -690,6 +690,12 @@ def use_mixture_head(d, loss):
     return mixed(d, loss).network.head(noise(d, 3, 8).float()).log_prob(noise(d, 3, 4).float())
 
 
+def use_mixture_file(d):
+    with file() as where:
+        mar.save(mixed(d, "code"), where)
+        return mixtures.load(where).to(d).rounded(photos(d))
+
+
 def use_mar_file(d, read):
     with file() as where:
         mar.save(autoregressor(d), where)
@@ -700,6 +706,7 @@ PROBES |= {
     "mar.sampling.in_order": lambda d: mar_sampling.in_order(
         autoregressor(d), 3, [0, 2, 6], gen(d), lambda tokens, order, a, b: tokens[:, a:b] + noise(d, 3, b - a, 4)
     ),
+    "mar.mixtures.load": lambda d: use_mixture_file(d),
     "mar.mixtures.codewords": lambda d: mixtures.codewords(noise(d, 40, 4), 3),
     "mar.mixtures.nearest": lambda d: mixtures.nearest(noise(d, 2, 5, 4), noise(d, 3, 4, seed=1)),
     "mar.likelihood.ChainRuleLikelihood": lambda d: use_chain_rule(d, "masked").curve,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
-from gudlib import bases, data, mar, priors
+from gudlib import bases, data, denoiser, mar, priors
 from gudlib.mar import mixtures
 from gudlib.references import IndependentGaussian
 
@@ -274,6 +274,21 @@ def test_codes_of_images_may_be_trained_on_as_they_are():
         found = [record.loss for record in t.run()]
         expected = found if values is images else expected
         assert found == expected
+
+
+@pytest.mark.parametrize("loss", mixtures.LOSSES)
+def test_a_saved_model_says_the_same(loss, tmp_path):
+    model = awake(loss)
+    mar.save(model, tmp_path / "m", card={"seconds": 3})
+    again = mixtures.load(tmp_path / "m")
+    assert torch.equal(model.bits(patterns(5)), again.bits(patterns(5))) and not again.training
+    assert denoiser.card(tmp_path / "m") == {"seconds": 3}
+    with pytest.raises(ValueError, match=f"m holds a head of loss '{loss}'; use mar.mixtures.load"):
+        mar.load(tmp_path / "m")
+    plain = mar.Autoregressor(mar.Network("raster", SHAPE, 2, **SMALL), model.reference)
+    mar.save(plain, tmp_path / "plain")
+    with pytest.raises(ValueError, match="plain holds no mixture; use mar.load"):
+        mixtures.load(tmp_path / "plain")
 
 
 # Bad input

@@ -20,6 +20,7 @@ References:
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torch.nn import functional
 
-from gudlib import checks
+from gudlib import checks, denoiser
 from gudlib.data import dequantise
 from gudlib.likelihood import bits_per_dim
 from gudlib.mar.model import Autoregressor, permutations
@@ -220,6 +221,20 @@ class MixtureTrainer(TokenTrainer):
             nats = -found.log_prob(target).flatten()
         nats = nats / target.shape[-1]
         return nats.mean(), nats.view(-1, 1, 1, 1)
+
+
+def load(path: str | Path) -> MixtureAutoregressor:
+    """The model of a file written by `mar.save`, in float32 on the CPU, ready to draw.
+
+    Raises:
+        ValueError: if the file is not a complete checkpoint, or one of another network.
+    """
+    tensors, header = denoiser.read_saved(path)
+    with denoiser.naming(path):
+        if "loss" not in header["network"]:
+            raise ValueError(f"{path} holds no mixture; use mar.load or denoiser.load")
+        network = denoiser.saved_network(lambda: MixtureNetwork(**header["network"]), tensors)
+        return MixtureAutoregressor(network, denoiser.saved_reference(tensors, header)).eval()
 
 
 def nearest(tokens: Float[Tensor, "*n d"], centres: Float[Tensor, "k d"]) -> Tensor:

@@ -154,6 +154,8 @@ def load(path: str | Path) -> Autoregressor:
     with denoiser.naming(path):
         if header["network"]["kind"] not in KINDS:
             raise ValueError(f"{path} holds a network of kind {header['network']['kind']!r}; use denoiser.load")
+        if "loss" in header["network"]:
+            raise ValueError(f"{path} holds a head of loss {header['network']['loss']!r}; use mar.mixtures.load")
         reference = denoiser.saved_reference(tensors, header)
         network = denoiser.saved_network(lambda: Network(**header["network"]), tensors)
         return Autoregressor(network, reference).eval()
