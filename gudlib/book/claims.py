@@ -35,7 +35,7 @@ def claim(
     """Check `low <= value <= high`, print the verdict and record it.
 
     Arguments:
-        notebook: two digits, `06`.
+        notebook: its number, `06` or `10b`.
         name: the claim in words, with the unit; a later claim of the same name replaces it.
         value: what was measured.
         low, high: the accepted range.

@@ -62,17 +62,22 @@ def environment() -> dict[str, str]:
 
 
 def book() -> list[Path]:
-    """The notebooks of the companion, in reading order."""
-    return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    """The notebooks of the companion, in reading order: those that begin with a number, or one and a letter."""
+    return sorted(path for path in NOTEBOOKS.glob("*.ipynb") if re.fullmatch(r"\d\d[a-z]?", number(path)))
+
+
+def number(notebook: Path) -> str:
+    """What a notebook's name begins with: `02`, `10b`."""
+    return notebook.stem.partition("_")[0]
 
 
 def find(names: Sequence[str] = ()) -> list[Path]:
-    """Notebooks by number (`02`), name (`02_bases`, `one_model`) or path; the whole book if no names are given.
+    """Notebooks by number (`02`, `10b`), name (`02_bases`, `one_model`) or path; the whole book if no names are given.
 
     Raises:
         ValueError: for a name that is none of these; it lists the notebooks that there are.
     """
-    known = {path.stem: path for path in NOTEBOOKS.glob("*.ipynb")} | {path.stem[:2]: path for path in book()}
+    known = {path.stem: path for path in NOTEBOOKS.glob("*.ipynb")} | {number(path): path for path in book()}
     paths = [known.get(name, Path(name)) for name in names] if names else book()
     if not names and not IN_REPOSITORY:
         raise ValueError(with_repository("the book of notebooks", "the path of a notebook"))

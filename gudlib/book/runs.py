@@ -195,7 +195,7 @@ def run_job(job: Job) -> Result:
                 nbformat.write(remove_error_markers(nbformat.read(partial, 4)), partial)
             html = nbconvert.HTMLExporter().from_filename(str(partial))[0]
             html = html.replace('href="../README.md"', f'href="{(ROOT / "README.md").as_uri()}"')
-            write(page, re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', html))
+            write(page, re.sub(r'href="(\d\d[a-z]?_\w+)\.ipynb', r'href="\1.html', html))
             os.replace(partial, output)
     except (OSError, NotJSONError) as caught:  # a full disk: half a notebook, or no page
         failure = failure or str(error or caught)
