@@ -463,6 +463,7 @@ PROBES |= {
 FAMILIES = {  # and a member for each of two images
     "soft": {"a": [0.5, 1.5]},
     "columns": {"b": [0.4, 0.8]},
+    "patches in random orders": {"b": [0.4, 0.8]},
     "levels, columns": {"b": ([0.5, 0.9], [0.5, 1.0])},
     "known": {"a": [0.5, 1.5]},
     "mixed": {"b": [0.4, 0.8]},
@@ -474,6 +475,7 @@ def family_of(name, prior):
     return {
         "soft": lambda: soft,
         "columns": lambda: families.Sequential(pixel, prior, "columns"),
+        "patches in random orders": lambda: families.Sequential(pixel, prior, "patches 2", order="random"),
         "levels, columns": lambda: families.Sequential(haar, prior, ("levels", "columns")),
         "known": lambda: families.Known(soft, "columns"),
         "mixed": lambda: families.Mixed(families.Sequential(pixel, prior, "patches 2"), soft, 0.3),
@@ -492,6 +494,13 @@ def use_family(d, name):
     return results
 
 
+def use_orders(d):
+    family = family_of("patches in random orders", prior_on("cpu")).to(d)
+    orders, b = family.random_orders(3, gen(d)), spread(d, 0.4, 0.8)
+    each = [family.schedule(b, order).gamma(times(d)) for order in (orders, orders.cpu(), orders[0])]
+    return use_family(d, "patches in random orders"), orders, each
+
+
 PROBES |= {
     "families.SoftConditioning": lambda d: (
         use_family(d, "soft"),
@@ -499,6 +508,7 @@ PROBES |= {
     ),
     "families.Sequential": lambda d: use_family(d, "columns"),
     "families.Sequential: nested": lambda d: use_family(d, "levels, columns"),
+    "families.Sequential: random orders": lambda d: use_orders(d),
     "families.Known": lambda d: use_family(d, "known"),
     "families.Mixed": lambda d: use_family(d, "mixed"),
     "families.stratified_times": lambda d: families.stratified_times(5, gen(d)),
@@ -611,6 +621,12 @@ PROBES |= {
     ),
     "likelihood.bound: groups here": lambda d: likelihood.bound(*pair(d), photos(d), 2, groups=COLUMN.long().to(d)),
     "likelihood.bound: groups on the CPU": lambda d: likelihood.bound(*pair(d), photos(d), 2, groups=COLUMN.long()),
+    "likelihood.bound: schedules": lambda d: likelihood.bound(
+        *pair(d, family_of("columns", prior_on(d)).schedule(0.5)),
+        photos(d),
+        2,
+        schedules=family_of("columns", prior_on(d)),
+    ),
     "likelihood.bound: discrete": lambda d: likelihood.bound(
         *white_floor(d), data.scale(IMAGES[:3].to(d)), 2, decoder="discrete"
     ),
@@ -903,7 +919,9 @@ def use_schedule(d, where):
 def use_nest(d):
     nest = schedules.Nest([LEVEL.to(d), COLUMN.to(d)])
     moves = nest.movement([spread(d, 0.5, 0.9), 0.8])
-    return moves, nest.movement([0.6, 0.8]), nest.idle(*moves), nest.least, nest
+    columns, backwards = schedules.Nest([COLUMN.to(d)]), torch.arange(6, device=d).flip(0)
+    other = columns.exchanged(columns.movement([spread(d, 0.5, 0.9)])[0], backwards)
+    return moves, nest.movement([0.6, 0.8]), nest.idle(*moves), nest.least, nest, other
 
 
 @probe("schedules.sequential", "here", "on the CPU")
