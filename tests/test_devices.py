@@ -1032,10 +1032,12 @@ def use_evaluate(d):
     return training.evaluate(model, p.white(photos(d)), p.schedule, gen(d), chunk=3)
 
 
-@probe("model.GUD", "pca", "columns")
+@probe("model.GUD", "pca", "columns", "patches 2")
 def use_front_door(d, which):
     """All that a model can do, where it chooses its device itself."""
-    model = GUD.fit(IMAGES, verbose=False, **UNET, **({} if which == "pca" else {"basis": "pixel", "blocks": which}))
+    design = {} if which == "pca" else {"basis": "pixel", "blocks": which}
+    design |= {"order": "random"} if which == "patches 2" else {}
+    model = GUD.fit(IMAGES, verbose=False, **UNET, **design)
     losses = [record.loss for record in model.train_steps(2, batch=4, progress=False)]
     with file() as where:
         model.save(where)
@@ -1053,6 +1055,13 @@ def use_front_door(d, which):
             results.append(model.inpaint(few.to(place), KNOWN[0].to(place), steps=3))
             results.append(model.extend(few.to(place), 3, progress=False))
         results.append(model.choose_finest(few, (0.4, 0.6), **once))
+    if which == "patches 2":
+        for order in (torch.arange(6).flip(0), torch.arange(6, device=d).expand(3, 6)):
+            results += [
+                model.sample(3, order=order, **own, **options),
+                model.inpaint(few, KNOWN[0], steps=3, order=order),
+            ]
+        results.append(model.nll(few, order=torch.arange(6), b=0.5, **once))
     return results
 
 

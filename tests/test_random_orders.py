@@ -1,4 +1,4 @@
-"""Patches in any order: schedules, orders drawn for each image, bounds and samples."""
+"""Patches in any order: schedules, orders drawn for each image, bounds, samples, and what a model does with them."""
 
 import itertools
 import math
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from gudlib import bases, exact, families, likelihood, priors, samplers, schedules
+from gudlib.model import GUD
 from gudlib.process import Process
 
 SHAPE, SIZE, COUNT, D = (1, 2, 6), 2, 3, 12
@@ -202,3 +203,126 @@ def test_samples_in_every_order_have_the_mean_and_the_covariance_of_the_data(b):
     gone = process.schedule.alpha(1.0).max()  # of the mean, which the start knows nothing of
     assert (out[:, 0] - mean).abs().max() < 0.01 + 2 * gone and (covariance - C).abs().max() < 0.02
     assert (response[0] - response[5]).abs().max() > 0.1  # by other ways
+
+
+# Models
+
+
+def pictures(n=200, seed=0):
+    """One pattern or its negative in all patches, and a little noise: any patch tells the others."""
+    generator = torch.Generator().manual_seed(seed)
+    sign = torch.randint(0, 2, (n, 1, 1, 1), generator=generator) * 2 - 1
+    pattern = torch.randint(0, 2, (1, 4, 4), generator=torch.Generator().manual_seed(5)) * 2 - 1
+    return (128 + 60 * sign * pattern + torch.randint(-20, 20, (n, 1, 4, 4), generator=generator)).to(torch.uint8)
+
+
+def fitted(order="random", **options):
+    options = {"blocks": "patches 2", "network": "transformer", "reference": "independent gaussian"} | options
+    return GUD.fit(pictures(), order=order, width=16, depth=1, heads=2, verbose=False, **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Not trained, but not silent."""
+    made, generator = fitted(), torch.Generator().manual_seed(0)
+    for part in made.denoiser.network.parameters():
+        torch.nn.init.normal_(part, std=0.3, generator=generator)
+    return made
+
+
+@pytest.fixture
+def told(model):
+    """The order of each image in each call of the denoiser where all patches have noise levels of their own."""
+    seen = []
+
+    def watch(_, inputs):
+        levels = cut(inputs[1].expand(len(inputs[0]), -1, -1, -1)).mean(-1)
+        distinct = levels.sort(1).values.diff().min(1).values > 1e-3
+        seen.extend(levels.argsort(1)[distinct].tolist())
+
+    handle = model.denoiser.register_forward_pre_hook(watch)
+    yield seen
+    handle.remove()
+
+
+GIVEN = torch.tensor([2, 0, 3, 1])
+EACH = torch.tensor([[0, 1, 2, 3], [3, 1, 0, 2], [2, 0, 3, 1], [3, 2, 1, 0], [1, 0, 2, 3]])
+NOTHING = torch.zeros(4, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_pictures_are_drawn_in_the_orders_given_or_each_in_one_of_its_own(model, told, fill):
+    def draw(**options):
+        told.clear()
+        if fill:
+            return model.inpaint(pictures(5), NOTHING, b=0.6, steps=10, **options)
+        return model.sample(5, b=0.6, steps=10, chunk=2, **options)
+
+    draw(order=GIVEN)
+    assert len(told) >= 5 and all(order == GIVEN.tolist() for order in told)
+    draw(order=EACH)
+    assert sorted(told) == sorted(EACH.tolist() * (len(told) // 5))  # the same images in each of their calls
+    first = draw()
+    orders, times = {tuple(order) for order in told}, len(told) // 5
+    assert 3 <= len(orders) <= 5 and all(told.count(list(order)) % times == 0 for order in orders)
+    assert torch.equal(draw(), first) and {tuple(order) for order in told} == orders
+    assert not torch.equal(draw(seed=1), first) and {tuple(order) for order in told} != orders
+
+
+def test_each_picture_goes_with_its_own_order(model):
+    options = {"method": "ddim", "steps": 12, "b": 0.3, "chunk": 2}
+    alone = torch.stack([model.sample(5, order=order, **options)[i] for i, order in enumerate(EACH)])
+    own, others = (
+        (model.sample(5, order=order, **options).int() - alone.int()).abs() for order in (EACH, EACH.roll(1, 0))
+    )
+    assert own.max() <= 1 and others.flatten(1).amax(1).min() > 9  # but for rounding
+
+
+def test_a_bound_has_one_order_for_all_images_or_another_for_each_image_and_draw(model, told):
+    images = pictures(30, seed=9)
+    fixed = model.likelihood(images, b=0.9, draws=3, order=GIVEN)
+    assert len(told) > 45 and all(order == GIVEN.tolist() for order in told)
+    told.clear()
+    drawn = model.likelihood(images, b=0.9, draws=3)
+    assert len(told) > 45 and len({tuple(order) for order in told}) > 20
+    assert drawn.bits == model.likelihood(images, b=0.9, draws=3).bits != fixed.bits
+    assert model.bits_per_dim(images, b=0.9, draws=3) == drawn.bits
+    assert torch.equal(model.nll(images, b=0.9, draws=3, order=GIVEN), fixed.nats.mean(0))
+
+
+def test_a_process_is_in_reading_order_or_the_one_given(model):
+    gamma = [model.process(b=0.6, order=order).schedule.gamma(0.5) for order in (None, GIVEN, EACH)]
+    assert found(gamma[0][None]).tolist() == [[0, 1, 2, 3]] and found(gamma[1][None]).tolist() == [GIVEN.tolist()]
+    assert torch.equal(found(gamma[2]), EACH) and model.recommended == {"b": 1.0}
+    assert "in random orders" in repr(model) and "in random orders" not in repr(fitted("raster"))
+
+
+def test_a_file_keeps_the_order_and_those_without_one_are_in_reading_order(model, tmp_path):
+    model.save(tmp_path / "random")
+    again = GUD.load(tmp_path / "random")
+    assert again.family.spec == model.family.spec and again.family.spec["of"]["order"] == "random"
+    assert torch.equal(again.sample(5, b=0.3, steps=8), model.sample(5, b=0.3, steps=8))
+    assert torch.equal(*(m.sample(5, b=0.3, steps=8, order=EACH) for m in (again, model)))
+    fitted("raster").save(tmp_path / "raster")
+    plain = GUD.load(tmp_path / "raster")
+    assert "order" not in plain.family.spec["of"]
+    with pytest.raises(ValueError, match=r"order is for models of patches with order='random'"):
+        plain.process(order=GIVEN)
+
+
+def test_where_to_stop_is_chosen_along_random_orders_too(model):
+    tuned = fitted(known=0.0)
+    bits = tuned.choose_finest(pictures(20, seed=3), (0.35, 20.0), draws=2, b=0.5)
+    assert set(bits) == {0.35, 20.0} and tuned.family.order == "random"
+
+
+def test_training_in_random_orders_teaches_every_order():
+    """24 of them, none of which was any more than the others in training: patches known tell the others in each."""
+    model, unseen = fitted(known=0.0, b=(0.25, 0.5)), pictures(64, seed=9)
+    before = model.bits_per_dim(unseen, b=0.25)
+    for _ in model.train_steps(200, batch=32, lr=5e-3, progress=False):
+        pass
+    orders = [torch.tensor(order) for order in itertools.permutations(range(4))]
+    after = [model.bits_per_dim(unseen, b=0.25, order=order) for order in orders]
+    assert max(after) < before - 0.4, after
+    assert model.bits_per_dim(unseen, b=0.25, draws=8) == pytest.approx(sum(after) / 24, abs=0.2)
