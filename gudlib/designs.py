@@ -125,14 +125,16 @@ class FittedDesign:
         blocks: str | Sequence[str] | None = None,
         b: Range | Sequence[Range] | None = None,
         finest: float = FINEST,
+        order: str = "raster",
     ) -> Family:
         """Schedules with the common ends: the design's range of `a` or, with `blocks`, `families.Sequential`.
 
         finest: standard deviation of the noise at t = 0 of the latter, in units of the data.
+        order: of its blocks, as there.
         """
         if blocks is None:
             return self._soft
-        return Sequential(self.basis, self.prior, blocks, b, self.gamma_max_target, finest)
+        return Sequential(self.basis, self.prior, blocks, b, self.gamma_max_target, finest, order)
 
     def schedule(self, a: PerImage) -> Schedule:
         """Soft-conditioning with the common ends; a tensor holds one `a` for each image of a batch."""

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from gudlib import checks
@@ -40,6 +40,8 @@ Draw = Callable[[int, torch.Generator], Schedule]
 Range = tuple[float, float]
 FINEST = 1 / 384  # a third of a grey level, in units of the data
 BLOCKS = ("columns", "rows", "levels", "patches")
+ORDERS = ("raster", "random")
+Permutations = Int64[Tensor, "*batch count"]  # [..., k]: number, in reading order, of the patch that is generated k-th
 
 
 def stratified_times(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
@@ -175,9 +177,16 @@ class Sequential(Family):
             for several from 1/4 at least.
         gamma_max_target: -log SNR at which components end.
         finest: standard deviation of the noise in all components at t = 0, in units of the data.
+        order: `raster`, blocks as they are numbered, patches in reading order; or `random`, for patches that are not
+            nested: in training each image has an order of its own, all permutations being as likely.
 
     Raises:
-        ValueError: for unknown blocks or labels that the basis does not have, or as `schedules.sequential`.
+        ValueError: for unknown blocks or labels that the basis does not have, an order that is unknown or not for these
+            blocks, or as `schedules.sequential`.
+
+    References:
+        Autoregressive Image Generation without Vector Quantization, T. Li et al., 2024,
+        https://arxiv.org/abs/2406.11838 (tokens in random orders)
     """
 
     def __init__(
@@ -188,12 +197,16 @@ class Sequential(Family):
         b: Range | Sequence[Range] | None = None,
         gamma_max_target: float = 5.0,
         finest: float = FINEST,
+        order: str = "raster",
     ) -> None:
         super().__init__()
         self.blocks = [blocks] if isinstance(blocks, str) else list(blocks)
         if not self.blocks:
             raise ValueError(f"blocks must name at least one of {BLOCKS}; got {blocks!r}")
         self.orders = [_order(basis, name) for name in self.blocks]
+        self.order = checks.one_of("order", order, ORDERS)
+        if order == "random" and [name.partition(" ")[0] for name in self.blocks] != ["patches"]:
+            raise ValueError(f"order='random' is for blocks='patches'; got {blocks!r}")
         gamma_max_target = checks.real("gamma_max_target", gamma_max_target)
         finest = checks.real("finest", finest, above=0)
         self.nest, self.shape = Nest(self.orders), shape_of(prior.mean)
@@ -215,13 +228,54 @@ class Sequential(Family):
     def forward(self, n: int, generator: torch.Generator) -> Schedule:
         """As `Family`."""
         shares = [high * (low / high) ** _shuffled(n, generator) for low, high in self.b]
-        lines = partial(clipped_lines, self.low, self.high, *self.nest.movement(shares))
-        return Schedule(lines, self.shape, batch=(n,))
+        start, duration = self.nest.movement(shares)
+        if self.order == "random":
+            start = self.nest.exchanged(start, self.random_orders(n, generator))
+        return Schedule(partial(clipped_lines, self.low, self.high, start, duration), self.shape, batch=(n,))
 
-    def schedule(self, b: PerImage | Sequence[PerImage]) -> Schedule:
-        """The member of softness `b`, one for each of the blocks; a tensor holds one for each image of a batch."""
-        orders = [order.to(self.low.device) for order in self.orders]
-        return sequential(orders, _each(b), self.low, self.high)
+    def schedule(self, b: PerImage | Sequence[PerImage], order: Permutations | None = None) -> Schedule:
+        """The member of softness `b`, one for each of the blocks; a tensor holds one for each image of a batch.
+
+        Of random orders it is the one along `order`, (L,) for all images or (n, L) for each of a batch: the patches, by
+        their number in reading order, from the first generated to the last. Without it they come in reading order.
+
+        Raises:
+            ValueError: as `schedules.sequential`; if an order is given to a family without random ones, or holds
+                anything but each patch once; if order and b are for batches of two sizes.
+        """
+        orders = [each.to(self.low.device) for each in self.orders]
+        raster = sequential(orders, _each(b), self.low, self.high)
+        if order is None:
+            return raster
+        order, (start, duration) = self._checked(order), self.nest.movement(_each(b))
+        try:
+            start = self.nest.exchanged(start, order)
+        except RuntimeError:
+            sizes = f"{tuple(order.shape[:-1])} and {raster.batch}"
+            raise ValueError(f"order and b must be for one batch; they are for {sizes}") from None
+        return Schedule(partial(clipped_lines, self.low, self.high, start, duration), self.shape, raster.kinks)
+
+    def random_orders(self, n: int, generator: torch.Generator) -> Int64[Tensor, "n count"]:
+        """An order of the patches for each of n images, for `schedule`: all permutations are as likely."""
+        keys = torch.rand(n, self.count, generator=generator, dtype=torch.float64, device=generator.device)
+        return keys.argsort(1)
+
+    @property
+    def count(self) -> int:
+        """The number of blocks, of all that are nested."""
+        return len(self.nest.one_each)
+
+    def _checked(self, order: Any) -> Tensor:
+        """An order of the patches, on the family's device."""
+        if self.order != "random":
+            raise ValueError("order is for a family with order='random'; this one has its blocks in one order")
+        wanted = f"order must be int64 of shape ({self.count},) or (n, {self.count}), each row 0 to {self.count - 1}"
+        if not isinstance(order, Tensor) or order.dtype != torch.int64 or order.shape[-1:] != (self.count,):
+            raise ValueError(f"{wanted} in any order; got {checks.what(order)}")
+        wrong = (order.sort(-1).values != torch.arange(self.count, device=order.device)).any(-1)
+        if bool(wrong.any()):
+            raise ValueError(f"{wanted} in any order; got {order[wrong][0].tolist()}")
+        return order.to(self.low.device)
 
     def moving(self, b: PerImage | Sequence[PerImage]) -> float:
         """The product of the softnesses."""
@@ -231,7 +285,8 @@ class Sequential(Family):
     def spec(self) -> dict[str, Any]:
         """As `Family`."""
         ends = {"gamma_max_target": self.gamma_max_target, "finest": self.finest}
-        return {"name": "sequential", "blocks": self.blocks, "b": [list(each) for each in self.b], **ends}
+        order = {"order": self.order} if self.order != "raster" else {}  # as in files from before there was another
+        return {"name": "sequential", "blocks": self.blocks, "b": [list(each) for each in self.b], **ends, **order}
 
     @property
     def ranges(self) -> dict[str, list[Range]]:

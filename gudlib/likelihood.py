@@ -31,9 +31,10 @@ from torchdiffeq import odeint
 from gudlib import checks
 from gudlib.data import scale, to_uint8
 from gudlib.exact import gaussian_eps
+from gudlib.families import Draw
 from gudlib.importance import Proposal
 from gudlib.process import Batch, Gamma, Model, Process, diffuse
-from gudlib.schedules import sigma
+from gudlib.schedules import Schedule, sigma
 
 GREY_LEVEL = 1 / 128  # what dequantisation spreads a grey level over, in units of the data, [-1, 1)
 EXACT_TRACE = 64  # components up to which the divergence is exact
@@ -178,6 +179,7 @@ def bound(
     importance: bool = False,
     groups: Int64[Tensor, "c h w"] | None = None,
     chunk: int = 128,
+    schedules: Draw | None = None,
 ) -> Likelihood:
     """The variational bound of each image, from `draws` random (t, eps) each.
 
@@ -197,11 +199,15 @@ def bound(
         importance: choose times where the integrand is large; for schedules that waste time.
         groups: number of each component's group, for the split of `diffusion` (`bases.groups_by`); default one group.
         chunk: images at a time, which bounds the memory.
+        schedules: `(n, generator) -> Schedule`, as a family: a schedule for each image and draw in the place of the
+            process's, with its ends. The bound is then the average over them, patches in random orders for instance.
 
     Raises:
         ValueError: for a decoder that is unknown or does not apply, sizes below 1, or images that are not data
-            (`checks.data`).
+            (`checks.data`); for schedules that don't end where the process's does, or together with `steps`.
     """
+    if schedules and steps is not None:
+        raise ValueError(f"steps must be None along schedules for each image; got {steps}")
     white = _checked(process, data, decoder, draws=draws, chunk=chunk, steps=1 if steps is None else steps)
     draws, chunk = int(draws), int(chunk)  # of numpy, perhaps
     decode, c, n = DECODERS[decoder](process), _variance(process).to(white), len(white)
@@ -222,8 +228,9 @@ def bound(
         parts = []
         for i in range(0, n, chunk):
             x = white[i : i + chunk]
+            path = process.along(_ending_alike(schedules(len(x), generator), process)) if schedules else process
             eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            gamma, weight = _weighted_levels(process, t[i : i + chunk], steps)
+            gamma, weight = _weighted_levels(path, t[i : i + chunk], steps)
             chi = diffuse(x, gamma, eps)
             difference = (eps - model(chi, gamma)).square() - (eps - normals(chi, gamma)).square()
             eps_0 = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
@@ -348,6 +355,15 @@ def _checked(process: Process, data: Batch, decoder: str, **sizes: int) -> Batch
     if tuple(process.schedule.batch):
         raise ValueError(f"the schedule must be one for all images; it has a batch of {tuple(process.schedule.batch)}")
     return process.white(data.double())
+
+
+def _ending_alike(schedule: Schedule, process: Process) -> Schedule:
+    """A schedule that ends where the process's does: all but the diffusion term depends on the ends alone."""
+    for t in (0.0, 1.0):
+        apart = float((schedule.gamma(t) - process.schedule.gamma(t)).abs().max())
+        if apart > 1e-6:
+            raise ValueError(f"schedules must have the ends of the process's; at t = {t:g} gamma is {apart:.3g} apart")
+    return schedule
 
 
 def _mix(seed: int, j: int) -> int:

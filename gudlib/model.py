@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from gudlib import checks, denoiser, designs, devices, families, likelihood, networks, references, samplers, windows
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser
-from gudlib.families import Derived, Family, Known, Range, Sequential
+from gudlib.families import Derived, Family, Known, Permutations, Range, Sequential
 from gudlib.process import Process
 from gudlib.references import GroupedGaussian, Histograms, IndependentGaussian, LatticeGaussian, PatchHistograms
 from gudlib.schedules import PerImage
@@ -39,7 +39,8 @@ class GUD:
     """A generative model of pictures: a denoiser, and the family of schedules it is trained for.
 
     Made by `fit` or `load`. Methods that need a schedule take the parameters of a member of the family: `a` (inverse
-    softness) or, for models of blocks, `b` (softness); by default those of `recommended`.
+    softness) or, for models of blocks, `b` (softness); by default those of `recommended`. Models of patches in random
+    orders also take an `order`, int64, (L,): the patches, by their number in reading order, first to last.
 
     Attributes:
         denoiser: network, basis and prior; weights averaged over training.
@@ -71,6 +72,7 @@ class GUD:
         known: float | None = None,
         reference: str | None = None,
         network: str = "unet",
+        order: str = "raster",
         seed: int = 0,
         verbose: bool = True,
         **options: Any,
@@ -95,6 +97,7 @@ class GUD:
                 `lattice gaussian` and `grouped gaussian` are for textures, with blocks="columns", and without known
                 pixels.
             network: `unet`, or `transformer`, for pixels: its tokens are patches, those of blocks="patches" if so.
+            order: `raster`, or `random` for blocks="patches": an order of its own for each image in training.
             seed: of the network's weights.
             verbose: print what was chosen.
             options: of `networks.UNet`: `width` (default 32, or 24 for fewer than 1,000 images), `patch`,
@@ -107,7 +110,7 @@ class GUD:
         basis = ("pixel" if network == "transformer" else "pca") if basis is None else basis
         seed = checks.seed("seed", seed)
         known = known if known is None else checks.real("known", known, least=0, most=1)
-        shape = _checked(images, basis, network, a, blocks, b, options)
+        shape = _checked(images, basis, network, a, blocks, b, order, options)
         grouped = reference in (GroupedGaussian.name, LatticeGaussian.name)
         if grouped and not (basis == "pixel" and blocks in ("columns", ["columns"], ("columns",))):
             raise ValueError(f"reference {reference!r} needs basis='pixel' and blocks='columns'")
@@ -118,6 +121,8 @@ class GUD:
         if reference == Histograms.name and blocks is None:
             raise ValueError("reference 'histograms' knows grey levels, not dequantised ones: it needs blocks")
         causal = options.pop("causal", False)
+        if causal and order != "raster":  # whom a finished patch sees must not change when others finish
+            raise ValueError(f"causal=True is for patches in reading order, order='raster'; got {order!r}")
         if causal and blocks not in ("patches", f"patches {_patch(shape, blocks)}"):
             raise ValueError(f"causal=True is for patches one after another, blocks='patches'; got {blocks!r}")
         if causal and options.get("patch", _patch(shape, blocks)) != _patch(shape, blocks):
@@ -145,7 +150,7 @@ class GUD:
             told = IN_PIXELS if basis == "pixel" else ELSEWHERE
             options = _sizes(shape) | {"width": 24 if len(images) < 1000 else 32} | told | options
         finest = families.FINEST if fitted.reference.decoder == "normal" else FINEST_ON_LATTICE
-        family = fitted.family(blocks, b, finest)
+        family = fitted.family(blocks, b, finest, order)
         groups: dict[str, Any] = {"groups": 1 if basis == "pixel" else 16}
         if causal and isinstance(family, Sequential):
             options |= {"between": (float(family.low.min()), float(family.high.max()))}
@@ -242,6 +247,7 @@ class GUD:
         seed: int = 0,
         chunk: int = 64,
         progress: bool = False,
+        order: Permutations | None = None,
         **options: Any,
     ) -> Pictures:
         """Draw `n` pictures, uint8 (n, c, h, w).
@@ -256,6 +262,8 @@ class GUD:
             seed: of the noise: the same seed draws the same pictures.
             chunk: pictures at a time, which bounds the memory.
             progress: show a bar.
+            order: of patches in random orders, for all pictures or (n, L) for each; by default each picture has an
+                order of its own, of the same seed.
             options: further ones of `samplers.sample`: `temperature`, `grid`, ...
 
         A block-causal transformer computes only the patches that move (`windows.generate`).
@@ -265,8 +273,10 @@ class GUD:
         """
         n, chunk, seed = checks.whole("n", n), checks.whole("chunk", chunk), checks.seed("seed", seed)
         generator, drawn = torch.Generator(self.device).manual_seed(seed), []
+        orders = self._orders(order, n, generator)
         for part in torch.arange(n).split(chunk):
-            process, sizes = self._sampling(steps, **self._member(_rows(a, part), _rows(b, part)))
+            own = orders[part] if orders is not None and orders.ndim > 1 else orders
+            process, sizes = self._sampling(steps, own, **self._member(_rows(a, part), _rows(b, part)))
             sizes |= {"method": method or sizes["method"], "generator": generator, "progress": progress} | options
             drawn.append(to_uint8(self._draw(process, len(part), sizes).data).cpu())
         return torch.cat(drawn)
@@ -280,6 +290,7 @@ class GUD:
         steps: int | None = None,
         method: str | samplers.Method | None = None,
         seed: int = 0,
+        order: Permutations | None = None,
         **options: Any,
     ) -> Pictures:
         """Fill in the pixels that are not known.
@@ -287,7 +298,7 @@ class GUD:
         Arguments:
             images: uint8 (n, c, h, w); their unknown pixels don't matter.
             known: which pixels are given, (h, w) for all or (n, h, w) for each.
-            a, b, steps, method, seed, options: as for `sample`.
+            a, b, steps, method, seed, order, options: as for `sample`.
 
         Raises:
             ValueError: if the model is not of pixels, or was trained without known ones; if the mask does not fit.
@@ -301,7 +312,8 @@ class GUD:
             )
         mask = known.to(self.device)[..., None, :, :].expand(*known.shape[:-2], *self.denoiser.basis.shape)
         generator = torch.Generator(self.device).manual_seed(checks.seed("seed", seed))
-        process, sizes = self._sampling(steps, **self._member(a, b))
+        orders = self._orders(order, len(images), generator)
+        process, sizes = self._sampling(steps, orders, **self._member(a, b))
         sizes |= {"method": method or sizes["method"], "generator": generator, "grid": "uniform"} | options
         filled = samplers.inpaint(self.denoiser, process, scale(images), mask, **sizes).data
         return torch.where(mask, images, to_uint8(filled)).cpu()
@@ -356,6 +368,7 @@ class GUD:
         b: float | Sequence[float] | None = None,
         draws: int = 4,
         seed: int = 0,
+        order: Permutations | None = None,
         **options: Any,
     ) -> likelihood.Likelihood:
         """The variational bound of -log p (ELBO), with its parts and errors; see `discrete` for the decoder.
@@ -364,14 +377,21 @@ class GUD:
             images: uint8 (n, c, h, w).
             a, b: the member of the family; default `recommended`.
             draws: estimates of each image.
-            seed: of dequantisation, times and noise.
+            seed: of dequantisation, orders, times and noise.
+            order: of patches in random orders, for all images; by default the bound is the average over all orders, of
+                which each image has another for each draw.
             options: further ones of `likelihood.bound`.
+
+        Raises:
+            ValueError: as `process` and `likelihood.bound`.
         """
         generator = torch.Generator(self.device).manual_seed(checks.seed("seed", seed))
         pictures = self._pictures(images)
         data = scale(pictures) if self.discrete else dequantise(pictures, generator)
         options = {"importance": True, "decoder": "discrete" if self.discrete else "normal"} | options
-        return likelihood.bound(self.denoiser, self.process(a=a, b=b), data, draws, seed, **options)
+        if order is None and self._patches():
+            options["schedules"] = lambda n, generator: self.process(a, b, self._orders(None, n, generator)).schedule
+        return likelihood.bound(self.denoiser, self.process(a, b, order), data, draws, seed, **options)
 
     def nll(self, images: Pictures, a: float | None = None, **options: Any) -> Float[Tensor, " n"]:
         """Negative log-likelihood of each image in nats, an upper bound; as `likelihood`."""
@@ -384,14 +404,25 @@ class GUD:
         """
         return self.likelihood(images, a, **options).bits
 
-    def process(self, a: PerImage | None = None, b: PerImage | Sequence[PerImage] | None = None) -> Process:
+    def process(
+        self,
+        a: PerImage | None = None,
+        b: PerImage | Sequence[PerImage] | None = None,
+        order: Permutations | None = None,
+    ) -> Process:
         """Basis, prior and the schedule of one member, for `gudlib.samplers` and `gudlib.likelihood`.
+
+        Patches come in reading order unless an order is given, (L,) or (n, L) for each image of a batch.
 
         Raises:
             ValueError: if the family has no such parameter, or was not trained for such a value.
         """
-        schedule = self._family().schedule(**self._member(a, b))
-        return Process(self.denoiser.basis, self.denoiser.prior, schedule)
+        member = self._member(a, b)
+        if order is not None:
+            if not self._patches():
+                raise ValueError(f"order is for models of patches with order='random'; got {checks.what(order)}")
+            member = member | {"order": order}
+        return Process(self.denoiser.basis, self.denoiser.prior, self._family().schedule(**member))
 
     @property
     def discrete(self) -> bool:
@@ -467,6 +498,7 @@ class GUD:
         waves = " (of waves: too few pictures for axes of their own)" if self.card.get("of_waves") else ""
         ranges = self.family.ranges if self.family else {}
         spans = ", ".join(f"{k} from {lo:.3g} to {hi:.3g}" for k, pairs in ranges.items() for lo, hi in pairs)
+        spans += " in random orders" if self.family and self._patches() else ""
         lines = {
             "pictures": f"{c} x {h} x {w}",
             "basis": self.denoiser.basis.name + waves,
@@ -505,13 +537,27 @@ class GUD:
                     raise ValueError(f"{name} must lie in what was trained, {low:.4g} to {high:.4g}; got {value}")
         return given
 
-    def _sampling(self, steps: int | None, **member: Any) -> tuple[Process, dict[str, Any]]:
+    def _patches(self) -> Sequential | None:
+        """The family within, if it is of patches in random orders."""
+        inner = _innermost(self._family())
+        return inner if isinstance(inner, Sequential) and inner.order == "random" else None
+
+    def _orders(self, order: Permutations | None, n: int, generator: torch.Generator) -> Permutations | None:
+        """The order that is given, for all of n pictures or for each; else one for each, if they are random."""
+        patches = self._patches()
+        if order is None:
+            return patches.random_orders(n, generator) if patches else None
+        if not isinstance(order, Tensor) or order.shape[:-1] not in {(), (n,)}:
+            raise ValueError(f"order must be a tensor, for all {n} pictures or for each; got {checks.what(order)}")
+        return order
+
+    def _sampling(self, steps: int | None, order: Permutations | None, **member: Any) -> tuple[Process, dict[str, Any]]:
         """The process, with method, steps and grid, which is even where pictures have schedules of their own.
 
         Along blocks, solvers that extrapolate what the network said make pictures of noise, the more so the later a
         block; ancestral steps in even time don't.
         """
-        process, blocks = self.process(**member), isinstance(_innermost(self._family()), Sequential)
+        process, blocks = self.process(**member, order=order), isinstance(_innermost(self._family()), Sequential)
         steps = round(EVALUATIONS / self._family().moving(**member)) if steps is None else checks.whole("steps", steps)
         grid = "uniform" if blocks or process.schedule.batch else "adapted"
         return process, {"steps": steps, "grid": grid, "method": "ancestral" if blocks else "gaussian-pc"}
@@ -557,7 +603,7 @@ def _innermost(family: Family) -> Family:
 
 
 def _checked(
-    images: Any, basis: str, network: str, a: Any, blocks: Any, b: Any, options: dict[str, Any]
+    images: Any, basis: str, network: str, a: Any, blocks: Any, b: Any, order: Any, options: dict[str, Any]
 ) -> tuple[int, int, int]:
     """The shape of images that can be fitted."""
     known = ("pca", "dct", "fourier", "haar", "pixel")
@@ -577,6 +623,8 @@ def _checked(
         raise ValueError(f"a is for schedules without blocks; got a = {a} and blocks = {blocks!r}")
     if blocks is None and b is not None:
         raise ValueError(f"b is the softness of blocks; got b = {b} without blocks")
+    if checks.one_of("order", order, families.ORDERS) != "raster" and blocks is None:
+        raise ValueError(f"order={order!r} is for blocks='patches'; got no blocks")
     shape = (images.shape[1], images.shape[2], images.shape[3])
     if basis == "pca" and images[0].numel() > LARGEST_PCA:
         raise ValueError(

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Real
+from jaxtyping import Bool, Float, Int, Int64, Real
 from torch import Tensor, nn
 
 from gudlib import checks
@@ -322,6 +322,12 @@ class Nest(nn.Module):
             start = start + duration * (1 - share) * (1 - rank)
             duration = duration * share
         return start, duration
+
+    def exchanged(self, start: Levels, order: Int64[Tensor, "*batch k"]) -> Levels:
+        """Starts of one ordering's groups in another order: group `order[..., k]` has the turn of group k."""
+        turns, taken = start.flatten(-3)[..., self.one_each], order.argsort(-1)
+        shape = torch.broadcast_shapes(turns.shape, taken.shape)
+        return turns.expand(shape).gather(-1, taken.expand(shape))[..., self.group]
 
     def idle(self, start: Levels, duration: Levels) -> float:
         """For how much of the time nothing moves, at most over a batch."""

@@ -3,6 +3,7 @@
 For block-causal transformers (`networks.Transformer` with `between`) around references whose patches know nothing of
 one another. Along a schedule of softness b, w = b (L - 1) / (1 - b) of the L patches move at once: at w = 1 this is
 autoregression with a cache, whose steps cost what one patch costs, and at b = 1 diffusion of the whole image.
+Patches come in reading order: in another, what a finished one tells others would change as those above it finish.
 
 References:
     DiSA: Diffusion Step Annealing in Autoregressive Image Generation, Q. Zhao et al., 2025,

@@ -465,6 +465,7 @@ PROBES |= {
 FAMILIES = {  # and a member for each of two images
     "soft": {"a": [0.5, 1.5]},
     "columns": {"b": [0.4, 0.8]},
+    "patches in random orders": {"b": [0.4, 0.8]},
     "levels, columns": {"b": ([0.5, 0.9], [0.5, 1.0])},
     "known": {"a": [0.5, 1.5]},
     "mixed": {"b": [0.4, 0.8]},
@@ -476,6 +477,7 @@ def family_of(name, prior):
     return {
         "soft": lambda: soft,
         "columns": lambda: families.Sequential(pixel, prior, "columns"),
+        "patches in random orders": lambda: families.Sequential(pixel, prior, "patches 2", order="random"),
         "levels, columns": lambda: families.Sequential(haar, prior, ("levels", "columns")),
         "known": lambda: families.Known(soft, "columns"),
         "mixed": lambda: families.Mixed(families.Sequential(pixel, prior, "patches 2"), soft, 0.3),
@@ -494,6 +496,13 @@ def use_family(d, name):
     return results
 
 
+def use_orders(d):
+    family = family_of("patches in random orders", prior_on("cpu")).to(d)
+    orders, b = family.random_orders(3, gen(d)), spread(d, 0.4, 0.8)
+    each = [family.schedule(b, order).gamma(times(d)) for order in (orders, orders.cpu(), orders[0])]
+    return use_family(d, "patches in random orders"), orders, each
+
+
 PROBES |= {
     "families.SoftConditioning": lambda d: (
         use_family(d, "soft"),
@@ -501,6 +510,7 @@ PROBES |= {
     ),
     "families.Sequential": lambda d: use_family(d, "columns"),
     "families.Sequential: nested": lambda d: use_family(d, "levels, columns"),
+    "families.Sequential: random orders": lambda d: use_orders(d),
     "families.Known": lambda d: use_family(d, "known"),
     "families.Mixed": lambda d: use_family(d, "mixed"),
     "families.stratified_times": lambda d: families.stratified_times(5, gen(d)),
@@ -613,6 +623,12 @@ PROBES |= {
     ),
     "likelihood.bound: groups here": lambda d: likelihood.bound(*pair(d), photos(d), 2, groups=COLUMN.long().to(d)),
     "likelihood.bound: groups on the CPU": lambda d: likelihood.bound(*pair(d), photos(d), 2, groups=COLUMN.long()),
+    "likelihood.bound: schedules": lambda d: likelihood.bound(
+        *pair(d, family_of("columns", prior_on(d)).schedule(0.5)),
+        photos(d),
+        2,
+        schedules=family_of("columns", prior_on(d)),
+    ),
     "likelihood.bound: discrete": lambda d: likelihood.bound(
         *white_floor(d), data.scale(IMAGES[:3].to(d)), 2, decoder="discrete"
     ),
@@ -943,7 +959,9 @@ def use_schedule(d, where):
 def use_nest(d):
     nest = schedules.Nest([LEVEL.to(d), COLUMN.to(d)])
     moves = nest.movement([spread(d, 0.5, 0.9), 0.8])
-    return moves, nest.movement([0.6, 0.8]), nest.idle(*moves), nest.least, nest
+    columns, backwards = schedules.Nest([COLUMN.to(d)]), torch.arange(6, device=d).flip(0)
+    other = columns.exchanged(columns.movement([spread(d, 0.5, 0.9)])[0], backwards)
+    return moves, nest.movement([0.6, 0.8]), nest.idle(*moves), nest.least, nest, other
 
 
 @probe("schedules.sequential", "here", "on the CPU")
@@ -1059,10 +1077,12 @@ def use_evaluate(d):
     return training.evaluate(model, p.white(photos(d)), p.schedule, gen(d), chunk=3)
 
 
-@probe("model.GUD", "pca", "columns")
+@probe("model.GUD", "pca", "columns", "patches 2")
 def use_front_door(d, which):
     """All that a model can do, where it chooses its device itself."""
-    model = GUD.fit(IMAGES, verbose=False, **UNET, **({} if which == "pca" else {"basis": "pixel", "blocks": which}))
+    design = {} if which == "pca" else {"basis": "pixel", "blocks": which}
+    design |= {"order": "random"} if which == "patches 2" else {}
+    model = GUD.fit(IMAGES, verbose=False, **UNET, **design)
     losses = [record.loss for record in model.train_steps(2, batch=4, progress=False)]
     with file() as where:
         model.save(where)
@@ -1080,6 +1100,13 @@ def use_front_door(d, which):
             results.append(model.inpaint(few.to(place), KNOWN[0].to(place), steps=3))
             results.append(model.extend(few.to(place), 3, progress=False))
         results.append(model.choose_finest(few, (0.4, 0.6), **once))
+    if which == "patches 2":
+        for order in (torch.arange(6).flip(0), torch.arange(6, device=d).expand(3, 6)):
+            results += [
+                model.sample(3, order=order, **own, **options),
+                model.inpaint(few, KNOWN[0], steps=3, order=order),
+            ]
+        results.append(model.nll(few, order=torch.arange(6), b=0.5, **once))
     return results
 
 

@@ -26,6 +26,7 @@ FAMILIES = {
     "rows": lambda: Sequential(PIXEL, PRIOR, ["rows"], (0.3, 0.9)),
     "columns of 2": lambda: Sequential(PIXEL, PRIOR, "columns 2"),
     "patches": lambda: Sequential(PIXEL, PRIOR, "patches 2"),
+    "patches in random orders": lambda: Sequential(PIXEL, PRIOR, "patches 2", order="random"),
     "levels, columns": lambda: Sequential(HAAR, PRIOR, *NESTED),
     "known": lambda: Known(Sequential(PIXEL, PRIOR, "columns"), "rectangles", 0.25),
     "mixed": lambda: Mixed(Sequential(HAAR, PRIOR, *NESTED), SoftConditioning(PRIOR, (1.0, 1.0)), 1 / 8),
@@ -218,6 +219,7 @@ def test_a_tensor_of_parameters_is_a_schedule_for_each_image():
 @pytest.mark.usefixtures("unchecked")
 def test_impossible_families_are_refused_with_their_values():
     soft, columns = SoftConditioning(PRIOR, (1.0, 1.0)), Sequential(PIXEL, PRIOR, "columns")
+    patches = FAMILIES["patches in random orders"]()
     wide = priors.isotropic(priors.Moments(torch.zeros(1, 4, 8), torch.ones(1, 4, 8)))
     for make, message in (
         (lambda: SoftConditioning(PRIOR, (2, 1)), r"a must be \(lowest, highest\); got \(2, 1\)"),
@@ -234,6 +236,23 @@ def test_impossible_families_are_refused_with_their_values():
         (lambda: Sequential(PIXEL, PRIOR, "columns", (0.5, 0.0)), r"in \(0, 1\]; got \(0.5, 0.0\)"),
         (lambda: Sequential(HAAR, PRIOR, ("levels", "columns"), ((0.5, 1.0),) * 3), "for each of 2 blocks"),
         (lambda: Sequential(PIXEL, PRIOR, "columns", (0.1, 1.0)), "b must be at least 0.25"),
+        (lambda: Sequential(PIXEL, PRIOR, "patches 2", order="spiral"), r"\('raster', 'random'\); got 'spiral'"),
+        (lambda: Sequential(PIXEL, PRIOR, "columns", order="random"), "is for blocks='patches'; got 'columns'"),
+        (
+            lambda: Sequential(PIXEL, PRIOR, ("patches 2", "patches 1"), order="random"),
+            "got \\('patches 2', 'patches 1",
+        ),
+        (lambda: columns.schedule(0.5, torch.arange(4)), "order is for a family with order='random'"),
+        (lambda: patches.schedule(0.1, torch.arange(4)), "b must be at least 0.25"),
+        (lambda: patches.schedule(0.5, torch.arange(3)), r"order must be int64 of shape \(4,\) .*of shape \(3,\)"),
+        (lambda: patches.schedule(0.5, torch.arange(4.0)), "0 to 3 in any order; got torch.float32"),
+        (lambda: patches.schedule(0.5, [0, 1, 2, 3]), "got list"),
+        (lambda: patches.schedule(0.5, torch.tensor(0)), r"got torch.int64 of shape \(\)"),
+        (lambda: patches.schedule(0.5, torch.tensor([[0, 1, 2, 3], [0, 1, 1, 3]])), r"got \[0, 1, 1, 3\]"),
+        (
+            lambda: patches.schedule(torch.tensor([0.5, 0.6, 0.7]), torch.arange(4).expand(2, 4)),
+            r"for one batch; they are for \(2,\) and \(3,\)",
+        ),
         (
             lambda: Known(soft, PIXEL.label("column")[None] > 1, 1.5),
             "share must be a finite number between 0 and 1; got 1.5",

@@ -28,6 +28,7 @@ KINDS = {
     "rows": {"basis": "pixel", "blocks": "rows", "b": 0.5},
     "patches": {"basis": "pixel", "blocks": "patches 2", "b": (0.2, 1.0), "known": 0.0},
     "transformer": {"network": "transformer", "blocks": "patches 2"},
+    "random": {"network": "transformer", "blocks": "patches 2", "order": "random"},
     "causal": {"network": "transformer", "blocks": "patches 2", "causal": True, "known": 0.0},
     "histograms": {"basis": "pixel", "blocks": "columns", "reference": "histograms"},
     "marginals": {"basis": "dct", "reference": "marginals"},
@@ -249,16 +250,17 @@ def test_every_call_is_a_run_of_its_own_from_the_present_weights():
     assert steps[0].loss < 3  # it goes on from there
 
 
-def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(tmp_path):
-    whole = trained(steps=6)
-    model = fitted()
+@pytest.mark.parametrize("kind", ["pca", "random"])
+def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(kind, tmp_path):
+    whole = trained(kind, steps=6)
+    model = fitted(kind)
     for record in model.train_steps(6, tmp_path / "run", batch=4, progress=False):
         if record.step == 4:
             break
-    again = fitted(seed=5)  # in another process, say
+    again = fitted(kind, seed=5)  # in another process, say
     rest = list(again.train_steps(6, tmp_path / "run", batch=4, progress=False))
     assert [r.step for r in rest] == [5, 6] and torch.equal(weights(again), weights(whole))
-    third = fitted()
+    third = fitted(kind)
     assert list(third.train_steps(6, tmp_path / "run", batch=4, progress=False)) == []
     assert torch.equal(third.sample(2, steps=3), whole.sample(2, steps=3))
 
@@ -302,6 +304,12 @@ def test_a_run_with_other_pictures_is_not_taken_up(tmp_path):
     list(fitted().train_steps(2, tmp_path / "run", batch=4, progress=False))
     with pytest.raises(ValueError, match="run belongs to another run, which had digest = "):
         fitted().train_steps(2, tmp_path / "run", images=IMAGES.flip(0), batch=4)
+
+
+def test_a_run_along_other_orders_is_not_taken_up(tmp_path):
+    list(fitted("random").train_steps(2, tmp_path / "run", batch=4, progress=False))
+    with pytest.raises(ValueError, match="run belongs to another run, which had family.of = .*'order': 'random'"):
+        fitted("transformer").train_steps(2, tmp_path / "run", batch=4)
 
 
 def test_the_bar_shows_steps_and_loss(capsys):
@@ -459,7 +467,7 @@ def test_half_precision_halves_the_network(tmp_path):
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_wrong_choice_is_refused_before_any_work(tmp_path):
-    pca, pixel, columns = fitted(), fitted("pixel", known=0.0), fitted("columns")
+    pca, pixel, columns, patches = fitted(), fitted("pixel", known=0.0), fitted("columns"), fitted("random")
     known = torch.ones(8, 8, dtype=torch.bool)
     for call, message in (
         (
@@ -479,6 +487,25 @@ def test_a_wrong_choice_is_refused_before_any_work(tmp_path):
         (lambda: GUD.fit(IMAGES, causal=True), r"options of a unet are .*; got \['causal'\]"),
         (lambda: GUD.fit(IMAGES, network="transformer", causal=True), "blocks='patches'; got None"),
         (lambda: fitted("transformer", blocks="columns", causal=True), "blocks='patches'; got 'columns'"),
+        (lambda: fitted("causal", order="random"), "causal=True is for .* order='raster'; got 'random'"),
+        (lambda: GUD.fit(IMAGES, order="spiral"), r"order must be one of \('raster', 'random'\); got 'spiral'"),
+        (lambda: GUD.fit(IMAGES, order="random"), "order='random' is for blocks='patches'; got no blocks"),
+        (lambda: fitted("columns", order="random"), "order='random' is for blocks='patches'; got 'columns'"),
+        (lambda: columns.sample(2, order=torch.arange(8)), "order is for models of patches with order='random'"),
+        (lambda: pca.bits_per_dim(IMAGES[:2], order=torch.arange(8)), "order is for models of patches"),
+        (lambda: pca.process(order=torch.arange(8)), r"order is for .*; got torch.int64 of shape \(8,\)"),
+        (
+            lambda: patches.sample(3, order=torch.arange(16).expand(2, 16)),
+            r"for all 3 pictures .*\(2, 16\)",
+        ),
+        (lambda: patches.sample(3, order=list(range(16))), "order must be a tensor, .*; got list"),
+        (
+            lambda: patches.inpaint(IMAGES[:3], known, order=torch.zeros(2, 16).long()),
+            r"for all 3 pictures or for each",
+        ),
+        (lambda: patches.sample(3, order=torch.arange(1, 17)), "each row 0 to 15 in any order; got"),
+        (lambda: patches.nll(IMAGES[:3], order=torch.arange(16).expand(3, -1)), "must be one for all images"),
+        (lambda: patches.nll(IMAGES[:3], steps=5), "steps must be None along schedules for each image; got 5"),
         (lambda: fitted("causal", patch=4), "needs patch and blocks of one size; got 4 and 'patches 2'"),
         (lambda: fitted("causal").choose_finest(IMAGES[:4]), "finished where its training ended"),
         (lambda: GUD.fit(IMAGES, depth=2), r"options of a unet are .*; got \['depth'\]"),

@@ -130,6 +130,8 @@ def test_what_does_not_fit_is_refused():
     full, line = model(ends=False)[0], family.schedule(0.5)
     columns = families.Sequential(made.basis, made.prior, "columns", finest=0.3 / 127.5).schedule(0.5)
     backwards = Schedule(lambda t: line.gamma(t[..., 0, 0, 0]).flip(-1, -2), SHAPE)
+    shuffled = families.rebuild(family.spec | {"order": "random"}, made.basis, made.prior)
+    shuffled = shuffled.schedule(0.3, torch.tensor([0, 2, 1, 3, 4, 5]))
     coarse = families.Sequential(made.basis, made.prior, "patches", finest=0.9 / 127.5).schedule(0.5)
     each = family.schedule(torch.tensor([0.5, 1.0]))
     sectors = denoiser.Denoiser(made.network, references.Histograms.fit(made.basis, made.prior, pictures(), sectors=3))
@@ -142,6 +144,7 @@ def test_what_does_not_fit_is_refused():
         (lambda: windows.generate(made, line, 2, 0), "steps must be at least 1; got 0"),
         (lambda: windows.generate(made, columns, 2), order),
         (lambda: windows.generate(made, backwards, 2), order),
+        (lambda: windows.generate(made, shuffled, 2), order),
         (lambda: windows.generate(made, coarse, 2), order),
         (lambda: windows.generate(sectors, line, 2), "must have one sector .*; it has 3"),
         (lambda: windows.annealed(6, 0, 1), "first must be at least 1; got 0"),
