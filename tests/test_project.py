@@ -119,7 +119,8 @@ def test_notebook_is_clean(path):
     content = nbformat.read(path, 4)
     code = [cell for cell in content.cells if cell.cell_type == "code"]
     tagged = {tag: [cell for cell in content.cells if tag in cell.metadata.get("tags", ())] for tag in TAGS}
-    assert re.match(rf"# {notebooks.number(path)} · \S" if path in notebooks.book() else r"# \S", content.cells[0].source)
+    number = f"{notebooks.number(path)} · " if path in notebooks.book() else ""
+    assert re.match(rf"# {number}\S", content.cells[0].source)
     assert content.cells[1:2] == tagged["navigation"], f"python -m gudlib refresh {path.stem}"
     assert content.cells[1].source == notebooks.navigation(path), f"python -m gudlib refresh {path.stem}"
     assert len(tagged["parameters"]) == 1 and notebooks.parameters_of(path)
