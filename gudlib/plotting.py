@@ -4,6 +4,7 @@ One palette, distinguishable without colour: lines also differ in dash and darkn
 light.
 """
 
+import html
 from collections.abc import Sequence
 from itertools import cycle
 
@@ -12,6 +13,7 @@ import numpy as np
 import seaborn as sns
 import torch
 from cycler import cycler
+from IPython.display import display
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -179,20 +181,35 @@ def trails(ax: Axes, states: Float[Tensor, "k n 2"]) -> LineCollection:
 
 
 def describe(axes: Axes | Sequence[Axes]) -> None:
-    """Print what figures show: title, axis labels and for each line its length, first, last, smallest, largest value.
+    """Say what figures show: title, axis labels and for each line its length, first, last, smallest, largest value.
 
-    The comparison of notebook outputs does not see pictures; it sees this.
+    The comparison of notebook outputs does not see pictures; it sees this, which a page shows folded.
     """
+    told = []
     for ax in [axes] if isinstance(axes, Axes) else axes:
         if not (ax.lines or ax.images):
             continue
-        print(f"{ax.get_title() or 'untitled'} | x: {ax.get_xlabel() or '-'} | y: {ax.get_ylabel() or '-'}")
+        told.append(f"{ax.get_title() or 'untitled'} | x: {ax.get_xlabel() or '-'} | y: {ax.get_ylabel() or '-'}")
         names = cycle("abcdefghijklmnopqrstuvwxyz")
         for name, line in zip(names, ax.lines, strict=False):
             y = np.asarray(line.get_ydata(), dtype=float)
             label = str(line.get_label())
             shown = name if label.startswith("_") else label
-            print(f"  {shown}: n={len(y)} first={y[0]:.3g} last={y[-1]:.3g} min={y.min():.3g} max={y.max():.3g}")
+            told.append(f"  {shown}: n={len(y)} first={y[0]:.3g} last={y[-1]:.3g} min={y.min():.3g} max={y.max():.3g}")
         for drawn in ax.images:
             y = np.asarray(drawn.get_array(), dtype=float)
-            print(f"  image {'x'.join(map(str, y.shape))}: mean={y.mean():.2g} min={y.min():.2g} max={y.max():.2g}")
+            told.append(f"  image {'x'.join(map(str, y.shape))}: mean={y.mean():.2g} min={y.min():.2g} max={y.max():.2g}")
+    display(_Folded("\n".join(told)))
+
+
+class _Folded:
+    """A text that a page shows when it is asked to."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        return f"<details><summary>the figure in numbers</summary><pre>{html.escape(self.text)}</pre></details>"
