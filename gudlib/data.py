@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gudlib import checks
+from gudlib.doors import door
 from gudlib.files import DATA, IN_REPOSITORY, with_repository
 
 if TYPE_CHECKING:  # importing them takes a second: only what reads files does
@@ -83,6 +84,7 @@ class ImageSet:
     class_names: tuple[str, ...] = field(repr=False)
 
 
+@door
 def load(name: str, split: str) -> ImageSet:
     """Load "train" or "test" of a set of `KNOWN`, or of a folder of `$GUDLIB_DATA`, in the table's order.
 
@@ -111,6 +113,7 @@ def load(name: str, split: str) -> ImageSet:
     return ImageSet(name, split, origin, images, labels, names)
 
 
+@door
 def crops(name: str, stride: int) -> UInt8[Tensor, "n c h w"]:
     """Training images of a set that `load` cuts from larger rows, cut anew, `stride` pixels apart both ways.
 
@@ -129,6 +132,7 @@ def crops(name: str, stride: int) -> UInt8[Tensor, "n c h w"]:
     return _images(dataset, f"{place}", replace(source, strides=(stride, stride)), "train")
 
 
+@door
 def load_folder(
     path: str | Path, size: int | tuple[int, int], colours: str = "auto", seed: int = 0, skip_damaged: bool = False
 ) -> UInt8[Tensor, "n c h w"]:
@@ -201,6 +205,7 @@ def _sized(picture: "PIL.Image.Image", height: int, width: int, mode: str) -> np
     return np.asarray(ImageOps.fit(_eight_bits(picture).convert(mode), (width, height), Image.Resampling.LANCZOS))
 
 
+@door
 def locate(name: str, split: str) -> Path | str:
     """Find where `load` takes a split from: a file, or an identifier on the hub. Reads nothing, raises as it.
 
@@ -226,6 +231,7 @@ def locate(name: str, split: str) -> Path | str:
     raise FileNotFoundError(_missing(name, split))
 
 
+@door
 def scale(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Map grey levels to y = x / 127.5 - 1 in [-1, 1], float32; `to_uint8` inverts it exactly.
 
@@ -235,6 +241,7 @@ def scale(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return checks.levels("images", images).float() / 127.5 - 1
 
 
+@door
 def dequantise(images: UInt8[Tensor, "*shape"], generator: torch.Generator) -> Float[Tensor, "*shape"]:
     """Map grey levels to y = (x + u) / 128 - 1 in [-1, 1), float32; `to_uint8` inverts it exactly.
 
@@ -248,6 +255,7 @@ def dequantise(images: UInt8[Tensor, "*shape"], generator: torch.Generator) -> F
     return (images + u.float() / 2**16) / 128 - 1
 
 
+@door
 def to_uint8(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """Map values to grey levels for viewing: floor(128 (y + 1)), clamped to 0 and 255.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gudlib import checks
 from gudlib.bases import Basis, Blocks
+from gudlib.doors import door, inner
 from gudlib.priors import Prior
 from gudlib.schedules import (
     Nest,
@@ -42,12 +43,14 @@ FINEST = 1 / 384  # a third of a grey level, in units of the data
 BLOCKS = ("columns", "rows", "levels", "patches")
 
 
+@inner
 def stratified_times(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
     """`n` uniform times in [0, 1) of low discrepancy: one random shift of a regular grid.
 
     References:
         Variational Diffusion Models, D. P. Kingma et al., 2021, https://arxiv.org/abs/2107.00630, appendix I
     """
+    n = checks.whole("n", n)
     shift = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
     return (shift + torch.arange(n, dtype=torch.float64, device=generator.device) / n) % 1
 
@@ -100,6 +103,7 @@ class SoftConditioning(Family):
         ValueError: if a is not (lowest, highest), or the targets don't rise.
     """
 
+    @door
     def __init__(
         self,
         prior: Prior,
@@ -125,20 +129,24 @@ class SoftConditioning(Family):
         self.ends = float(self.order.min()), float(self.order.max())
         self.schedule(torch.tensor(self.a, dtype=torch.float64))  # checked here, not at every draw
 
+    @inner
     def forward(self, n: int, generator: torch.Generator) -> Schedule:
         """As `Family`."""
         a = self.a[0] + (self.a[1] - self.a[0]) * _shuffled(n, generator)
         lines = partial(offset_lines, self.order, a, self.log_variance, self.gamma_min_target(a), self._targets[1])
         return Schedule(lines, self.shape, batch=(n,))
 
+    @door
     def schedule(self, a: PerImage) -> Schedule:
         """The member of inverse softness `a`; a tensor holds one for each image of a batch."""
         return soft_conditioning(self.order, a, self.log_variance, self.gamma_min_target(a), self._targets[1])
 
+    @door
     def moving(self, a: PerImage) -> float:
         """All of it."""
         return 1.0
 
+    @inner
     def gamma_min_target(self, a: PerImage) -> Float[Tensor, "*batch"]:
         """-log SNR of the last component at t = 0, with which the noise is the finest, if that is what is asked for.
 
@@ -180,6 +188,7 @@ class Sequential(Family):
         ValueError: for unknown blocks or labels that the basis does not have, or as `schedules.sequential`.
     """
 
+    @door
     def __init__(
         self,
         basis: Basis,
@@ -212,17 +221,20 @@ class Sequential(Family):
         for ends in zip(*self.b, strict=True):
             self.schedule(ends)  # checked here, not at every draw
 
+    @inner
     def forward(self, n: int, generator: torch.Generator) -> Schedule:
         """As `Family`."""
         shares = [high * (low / high) ** _shuffled(n, generator) for low, high in self.b]
         lines = partial(clipped_lines, self.low, self.high, *self.nest.movement(shares))
         return Schedule(lines, self.shape, batch=(n,))
 
+    @door
     def schedule(self, b: PerImage | Sequence[PerImage]) -> Schedule:
         """The member of softness `b`, one for each of the blocks; a tensor holds one for each image of a batch."""
         orders = [order.to(self.low.device) for order in self.orders]
         return sequential(orders, _each(b), self.low, self.high)
 
+    @door
     def moving(self, b: PerImage | Sequence[PerImage]) -> float:
         """The product of the softnesses."""
         return math.prod(float(torch.as_tensor(each).min()) for each in _each(b))
@@ -242,6 +254,7 @@ class Sequential(Family):
 class Derived(Family):
     """A family in training of which a `share` of the images differs; its members are those of the family."""
 
+    @door
     def __init__(self, family: Family, share: float) -> None:
         super().__init__()
         share = checks.real("share", share, least=0, most=1)
@@ -275,6 +288,7 @@ class Known(Derived):
         ValueError: if the share is out of range, or the masks don't fit.
     """
 
+    @door
     def __init__(self, family: Family, masks: Bool[Tensor, "m c h w"] | str, share: float = 0.5) -> None:
         super().__init__(family, share)
         drawn = known(masks, family.shape) if isinstance(masks, str) else masks
@@ -287,6 +301,7 @@ class Known(Derived):
         self.masks: Tensor
         self.register_buffer("masks", drawn, persistent=False)
 
+    @inner
     def forward(self, n: int, generator: torch.Generator) -> Schedule:
         """As `Family`."""
         schedule, device = self.family(n, generator), generator.device
@@ -311,12 +326,14 @@ class Mixed(Derived):
         ValueError: if the share is out of range, or the families are of different shapes.
     """
 
+    @door
     def __init__(self, family: Family, other: Family, share: float) -> None:
         super().__init__(family, share)
         if family.shape != other.shape:
             raise ValueError(f"the two families must have one shape; got {family.shape} and {other.shape}")
         self.other = other
 
+    @inner
     def forward(self, n: int, generator: torch.Generator) -> Schedule:
         """As `Family`."""
         drawn = self.family(n, generator)
@@ -334,6 +351,7 @@ class Mixed(Derived):
         return {"name": "mixed", "of": self.family.spec, "with": self.other.spec, "share": self.share}
 
 
+@door
 def rebuild(spec: dict[str, Any], basis: Basis, prior: Prior) -> Family:
     """The family of a `spec`, for the basis and prior it was made for.
 
@@ -356,12 +374,14 @@ def rebuild(spec: dict[str, Any], basis: Basis, prior: Prior) -> Family:
     raise ValueError(f"a family must be soft_conditioning, sequential, mixed, or known with masks by name; got {spec}")
 
 
+@door
 def stopping_at(spec: dict[str, Any], finest: float) -> dict[str, Any]:
     """The `spec` of the same family with another `finest`, the noise at t = 0 in units of the data."""
     inner = {key: stopping_at(value, finest) for key, value in spec.items() if isinstance(value, dict)}
     return spec | inner | ({"finest": finest} if "finest" in spec else {})
 
 
+@door
 def known(which: str, shape: Shape) -> Bool[Tensor, "m c h w"]:
     """Masks of what is known in training for filling and growing, the same ones always.
 

@@ -12,12 +12,14 @@ from itertools import pairwise
 import torch
 
 from gudlib import checks, samplers
+from gudlib.doors import door
 from gudlib.mar.model import Autoregressor, check_labels, permutations
 from gudlib.mar.networks import Labels, Permutation
 from gudlib.process import Batch
 from gudlib.schedules import Schedule
 
 
+@door
 def unmasking(count: int, steps: int) -> list[int]:
     """How many of `count` tokens are known before each of `steps` steps, and at the end: few at first, then many.
 
@@ -38,6 +40,7 @@ def unmasking(count: int, steps: int) -> list[int]:
 
 
 @torch.no_grad()
+@door
 def generate(
     model: Autoregressor,
     schedule: Schedule,
