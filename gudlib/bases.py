@@ -458,7 +458,7 @@ class Blocks(Basis):
 
     @classmethod
     @door
-    def pca(cls, images: Images, size: int = 0) -> "Blocks":
+    def pca(cls, images: statistics.Images, size: int = 0) -> "Blocks":
         """Principal components of the blocks of `images` (b, c, h, w), the same for all blocks.
 
         Raises:

@@ -16,7 +16,7 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -123,6 +123,8 @@ def _rule(kind: Any) -> tuple[str, Fit] | None:
         return _several(parts)
     if origin in (Sequence, list, tuple):
         return _sequence(_rule(parts[0]))
+    if origin is Iterable:
+        return "an iterable", lambda value, _: value if isinstance(value, Iterable) else _NO
     if origin in (Mapping, dict):
         return "a mapping", lambda value, _: value if isinstance(value, Mapping) else _NO
     if origin is Callable or kind is Callable:
@@ -211,9 +213,10 @@ def _several(kinds: Sequence[Any]) -> tuple[str, Fit]:
 
 def _sequence(rule: tuple[str, Fit] | None) -> tuple[str, Fit]:
     def fit(value: Any, sizes: Sizes) -> Any:
-        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        listed = hasattr(value, "__getitem__") and hasattr(value, "__len__") and getattr(value, "ndim", 1)
+        if not listed or isinstance(value, str | bytes | Mapping):  # arrays and tensors are sequences, too
             return _NO
-        return _NO if rule and any(rule[1](part, sizes) is _NO for part in value) else value
+        return _NO if rule and any(rule[1](part, dict(sizes)) is _NO for part in value) else value
 
     return f"a sequence, each {rule[0]}" if rule else "a sequence", fit
 

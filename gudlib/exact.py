@@ -22,6 +22,8 @@ from gudlib.doors import door, inner
 from gudlib.process import Batch, Gamma, to_eps
 from gudlib.schedules import PerComponent, Schedule, alpha, sigma
 
+Each = Float[Tensor, "b *components"]  # a number for each of d components, whose axes are (c, h, w) or one
+
 
 class GaussianMixture:
     """A mixture of `k` normal distributions over `d` components, of any covariance.
@@ -76,15 +78,15 @@ class GaussianMixture:
         return self._posterior(white_t, gamma)[1].logsumexp(0)
 
     @inner
-    def covariance(self, gamma: Gamma) -> Float[Tensor, "k b d d"]:
+    def covariance(self, gamma: Float[Tensor, "..."]) -> Float[Tensor, "k b d d"]:
         """A C A + N of every mixture component at noise level gamma, (k, b, d, d) with b = 1 for one gamma."""
         level = self._each(gamma)
         a = alpha(level)
         return a[:, :, None] * self.covariances[:, None] * a[:, None, :] + torch.sigmoid(level).diag_embed()
 
-    def _each(self, gamma: Gamma) -> Float[Tensor, "b d"]:
+    def _each(self, gamma: Tensor) -> Float[Tensor, "b d"]:
         d = self.means.shape[1]
-        if gamma.shape[-3:].numel() != d:
+        if gamma.numel() % d:
             raise ValueError(f"gamma must have {d} components; got shape {tuple(gamma.shape)}")
         return gamma.reshape(-1, d)
 
@@ -119,7 +121,7 @@ def gaussian_eps(white_t: Batch, gamma: Gamma, white_variance: Float[Tensor, "c 
 
 
 @inner
-def gaussian_error(gamma: Batch, covariance: Float[Tensor, "d d"]) -> Batch:
+def gaussian_error(gamma: Each, covariance: Float[Tensor, "d d"]) -> Each:
     """E(eps_i - eps_hat_i)^2 of the best prediction for N(m, C), any C: 1 - sigma_i^2 [(A C A + N)^-1]_ii.
 
     Arguments:
@@ -132,14 +134,14 @@ def gaussian_error(gamma: Batch, covariance: Float[Tensor, "d d"]) -> Batch:
 
 
 @inner
-def linear_eps(gamma: Batch, covariance: Float[Tensor, "d d"]) -> Float[Tensor, "b d d"]:
+def linear_eps(gamma: Each, covariance: Float[Tensor, "d d"]) -> Float[Tensor, "b d d"]:
     """The best denoiser of N(0, C) as a matrix, eps_hat = B chi_t: B = diag(sigma) (A C A + N)^-1, for each gamma."""
     noised = gaussian(covariance.new_zeros(len(covariance)), covariance).covariance(gamma)[0]
     return sigma(gamma).flatten(1)[:, :, None] * torch.linalg.inv(noised)
 
 
 @inner
-def linear_error(matrix: Float[Tensor, "b d d"], gamma: Batch, covariance: Float[Tensor, "d d"]) -> Batch:
+def linear_error(matrix: Float[Tensor, "b d d"], gamma: Each, covariance: Float[Tensor, "d d"]) -> Each:
     """E(eps_i - (B chi_t)_i)^2 of any linear denoiser B for data N(0, C): 1 - 2 sigma_i B_ii + [B (A C A + N) B^T]_ii.
 
     Arguments:

@@ -5,7 +5,7 @@ light.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 
 import matplotlib.pyplot as plt
@@ -82,7 +82,7 @@ def image_rows(
         limits: values shown as black and white; None scales every image to its own largest magnitude.
         size: of one image, inches.
     """
-    if not rows or len(rows) != len(labels):
+    if not len(rows) or len(rows) != len(labels):
         raise ValueError(f"rows must be at least one, with a label each; got {len(rows)} rows and {len(labels)} labels")
     columns = max(len(row) for row in rows)
     _, axes = plt.subplots(
@@ -196,7 +196,7 @@ def trails(ax: Axes, states: Float[Tensor, "k n 2"]) -> LineCollection:
 
 
 @door
-def describe(axes: Axes | Sequence[Axes]) -> None:
+def describe(axes: Axes | Iterable[Axes]) -> None:
     """Print what figures show: title, axis labels and for each line its length, first, last, smallest, largest value.
 
     The comparison of notebook outputs does not see pictures; it sees this.
