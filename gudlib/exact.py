@@ -128,7 +128,7 @@ def gaussian_error(gamma: Each, covariance: Float[Tensor, "d d"]) -> Each:
         gamma: noise levels, (b, c, h, w) with c h w = d.
         covariance: C of the white data, (d, d).
     """
-    noised = gaussian(covariance.new_zeros(len(covariance)), covariance).covariance(gamma)[0]
+    noised = _noised(gamma, covariance)
     precision = torch.cholesky_inverse(_root(noised)).diagonal(dim1=-2, dim2=-1)
     return 1 - torch.sigmoid(gamma) * precision.reshape(gamma.shape)
 
@@ -136,7 +136,7 @@ def gaussian_error(gamma: Each, covariance: Float[Tensor, "d d"]) -> Each:
 @inner
 def linear_eps(gamma: Each, covariance: Float[Tensor, "d d"]) -> Float[Tensor, "b d d"]:
     """The best denoiser of N(0, C) as a matrix, eps_hat = B chi_t: B = diag(sigma) (A C A + N)^-1, for each gamma."""
-    noised = gaussian(covariance.new_zeros(len(covariance)), covariance).covariance(gamma)[0]
+    noised = _noised(gamma, covariance)
     return sigma(gamma).flatten(1)[:, :, None] * torch.linalg.inv(noised)
 
 
@@ -149,7 +149,7 @@ def linear_error(matrix: Float[Tensor, "b d d"], gamma: Each, covariance: Float[
         gamma: the noise levels, (b, c, h, w) with c h w = d.
         covariance: C of the white data, (d, d).
     """
-    noised = gaussian(covariance.new_zeros(len(covariance)), covariance).covariance(gamma)[0]
+    noised = _noised(gamma, covariance)
     matrix = matrix.to(noised.dtype)
     own = sigma(gamma).flatten(1) * matrix.diagonal(dim1=1, dim2=2)
     return (1 - 2 * own + torch.einsum("bij,bjk,bik->bi", matrix, noised, matrix)).view_as(gamma)
@@ -211,6 +211,13 @@ def _definite(name: str, covariance: Float[Tensor, "*k d d"], slack: float = 0.0
             f"{name} must be symmetric and have no direction of variance {'below' if slack else 'at or below'} 0"
         )
     return covariance
+
+
+def _noised(gamma: Each, covariance: Float[Tensor, "d d"]) -> Float[Tensor, "b d d"]:
+    """A C A + N at each of the noise levels."""
+    if gamma[:1].numel() != len(covariance):
+        raise ValueError(f"gamma must have {len(covariance)} components; got shape {tuple(gamma.shape)}")
+    return gaussian(covariance.new_zeros(len(covariance)), covariance).covariance(gamma)[0]
 
 
 def _root(matrix: Float[Tensor, "*b d d"]) -> Float[Tensor, "*b d d"]:

@@ -202,6 +202,8 @@ def describe(axes: Axes | Iterable[Axes]) -> None:
     The comparison of notebook outputs does not see pictures; it sees this.
     """
     for ax in [axes] if isinstance(axes, Axes) else axes:
+        if not isinstance(ax, Axes):
+            raise ValueError(f"axes must be of matplotlib; got {ax!r}")
         if not (ax.lines or ax.images):
             continue
         print(f"{ax.get_title() or 'untitled'} | x: {ax.get_xlabel() or '-'} | y: {ax.get_ylabel() or '-'}")
