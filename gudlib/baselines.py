@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gudlib import checks, statistics
+from gudlib.doors import door
 from gudlib.likelihood import bits_per_dim
 from gudlib.references import Reference
 
@@ -158,6 +159,7 @@ PUBLISHED = (
 )
 
 
+@door
 def histograms(train: Grey, test: Unseen) -> Baseline:
     """Independent grey levels: a histogram for each pixel and colour, with one count added to every grey level.
 
@@ -167,12 +169,13 @@ def histograms(train: Grey, test: Unseen) -> Baseline:
     Raises:
         ValueError: if the images are no 8-bit images of one shape.
     """
-    train, test = _checked(train, test)
+    train, test = train.cpu(), test.cpu()
     place = torch.arange(test[0].numel()).view(test.shape[1:])
     bits = _table_bits(test, _counts(train, place.expand_as, place.numel()) + 1, place.expand_as)
     return _coded("independent histograms", bits, "each pixel's distribution")
 
 
+@door
 def neighbours(train: Grey, test: Unseen, upper: bool = False) -> Baseline:
     """A histogram for each value of the left neighbour, shared by all pixels, with one count added to all grey levels.
 
@@ -185,7 +188,7 @@ def neighbours(train: Grey, test: Unseen, upper: bool = False) -> Baseline:
     Raises:
         ValueError: as `histograms`.
     """
-    train, test = _checked(train, test)
+    train, test = train.cpu(), test.cpu()
 
     def context(x: Levels) -> Levels:
         west, north, *_ = _neighbours(x)
@@ -198,6 +201,7 @@ def neighbours(train: Grey, test: Unseen, upper: bool = False) -> Baseline:
     return _coded("left neighbour", bits, "pairs with the left pixel")
 
 
+@door
 def context_table(train: Grey, test: Unseen) -> Baseline:
     """A histogram for each of 704 contexts: the prediction of LOCO-I (JPEG-LS), and how rough the neighbourhood is.
 
@@ -218,7 +222,7 @@ def context_table(train: Grey, test: Unseen) -> Baseline:
         The LOCO-I Lossless Image Compression Algorithm: Principles and Standardization into JPEG-LS, M. J. Weinberger,
         G. Seroussi, G. Sapiro, 2000, https://doi.org/10.1109/83.855427, section III
     """
-    train, test = _checked(train, test)
+    train, test = train.cpu(), test.cpu()
     cuts, classes = torch.tensor(TEXTURE), PREDICTIONS * (len(TEXTURE) + 1)
 
     def context(x: Levels) -> Levels:
@@ -234,6 +238,7 @@ def context_table(train: Grey, test: Unseen) -> Baseline:
     return _coded("context table", bits, "LOCO-I prediction and local texture, four pixels")
 
 
+@door
 def regression(
     train: Grey, test: Unseen, radius: int = 4, residuals: Literal["student", "normal"] = "student"
 ) -> Baseline:
@@ -253,12 +258,13 @@ def regression(
     Raises:
         ValueError: as `histograms`, or for other residuals or a negative radius.
     """
-    train, test = _checked(train, test)
+    train, test = train.cpu(), test.cpu()
     bits = _regression_bits(train, test, radius, residuals)
     words = {"student": "", "normal": ", normal residuals"}[residuals]
     return _coded(f"causal regression, radius {radius}{words}", bits, f"linear prediction within {radius} pixels")
 
 
+@door
 def normal(train: Grey, test: Unseen, symmetries: str = "none") -> Baseline:
     """The normal distribution of dequantised images: mean and covariance of all pixels, the noise exact in both.
 
@@ -274,7 +280,7 @@ def normal(train: Grey, test: Unseen, symmetries: str = "none") -> Baseline:
     Raises:
         ValueError: as `histograms`, for fewer than two training images, or for symmetries that don't apply.
     """
-    train, test = _checked(train, test)
+    train, test = train.cpu(), test.cpu()
     mean, covariance = statistics.covariance(train, symmetries)
     factor = torch.linalg.cholesky(covariance[0])
     away = (statistics.centres(test).double() - mean).flatten(1)
@@ -286,6 +292,7 @@ def normal(train: Grey, test: Unseen, symmetries: str = "none") -> Baseline:
     return Baseline(f"normal distribution{words}", bits, "density", f"mean and covariance{words}")
 
 
+@door
 def webp(test: Unseen) -> Baseline:
     """Lossless WebP, as Pillow writes it with method 6 and quality 100: all bytes of one file for each image.
 
@@ -300,7 +307,7 @@ def webp(test: Unseen) -> Baseline:
     """
     from PIL import Image
 
-    (test,) = _checked(test)
+    test = test.cpu()
     if test.shape[1] not in (1, 3):
         raise ValueError(f"test must be grey (c = 1) or RGB (c = 3); got c = {test.shape[1]}")
     sizes = []
@@ -327,6 +334,7 @@ BASELINES: dict[str, Callable[[Grey, Unseen], Baseline]] = {
 }
 
 
+@door
 def table(train: Grey, test: Unseen, which: Sequence[str] | None = None) -> list[Baseline]:
     """Baselines of the same test images, the shortest code first.
 
@@ -338,7 +346,7 @@ def table(train: Grey, test: Unseen, which: Sequence[str] | None = None) -> list
     Raises:
         ValueError: as `histograms`, or for unknown names.
     """
-    train, test = _checked(train, test)
+    train, test = train.cpu(), test.cpu()
     if which is None:
         inapplicable = {
             "normal distribution, eight symmetries": test.shape[2] != test.shape[3],
@@ -350,6 +358,7 @@ def table(train: Grey, test: Unseen, which: Sequence[str] | None = None) -> list
     return sorted((BASELINES[name](train, test) for name in which), key=lambda baseline: baseline.mean)
 
 
+@door
 def of(reference: Reference, test: Unseen, name: str | None = None) -> Baseline:
     """A reference distribution, around which a network can be put, as a baseline: what the network starts from.
 
@@ -358,28 +367,19 @@ def of(reference: Reference, test: Unseen, name: str | None = None) -> Baseline:
         test: uint8 (m, c, h, w). For a density they are dequantised, with noise of a fixed seed.
         name: to show; default the reference's own.
     """
-    (test,) = _checked(test)
+    test = test.cpu()
     kind: Literal["grey levels", "density"] = "grey levels" if reference.decoder == "discrete" else "density"
     bits = reference.bits(test.to(reference.prior.mean.device)).cpu()
     return Baseline(name or reference.name, bits, kind, reference.knows)
 
 
+@door
 def frame(baselines: Sequence[Baseline]) -> DataFrame:
     """A table with the columns model, bits/dim, error (standard error over images), kind, and what it knows."""
     return DataFrame(
         [(b.name, b.mean, b.error, b.kind, b.knows) for b in baselines],
         columns=["model", "bits/dim", "error", "kind", "what it knows"],
     )
-
-
-def _checked(*images: Tensor) -> tuple[Tensor, ...]:
-    """The images on the CPU, where all of this computes."""
-    shapes = [tuple(getattr(part, "shape", ())) for part in images]
-    same = all(len(shape) == 4 and shape[0] and shape[1:] == shapes[0][1:] for shape in shapes)
-    if not same or not all(isinstance(part, Tensor) and part.dtype == torch.uint8 for part in images):
-        found = ", ".join(map(checks.what, images))
-        raise ValueError(f"images must be uint8 (n, c, h, w), of one shape (c, h, w), n at least 1; got {found}")
-    return tuple(part.cpu() for part in images)
 
 
 def _coded(name: str, bits: Bits, knows: str) -> Baseline:
@@ -418,8 +418,6 @@ def _table_bits(images: Grey, weights: Float[Tensor, "contexts 256"], context: C
 
 
 def _regression_bits(train: Grey, test: Unseen, radius: int, residuals: str) -> Float[Tensor, "m c h w"]:
-    if residuals not in ("student", "normal"):
-        raise ValueError(f"residuals must be student or normal; got {residuals!r}")
     radius = checks.whole("radius", radius, 0)
     c, h, w = test.shape[1:]
     bits, generator = torch.zeros(test.shape, dtype=torch.float64), torch.Generator().manual_seed(0)

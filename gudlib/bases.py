@@ -22,6 +22,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from gudlib import checks, statistics
+from gudlib.doors import door, inner
 
 Images = Float[Tensor, "b c h w"]
 Shape = tuple[int, int, int]
@@ -36,11 +37,10 @@ class Basis(nn.Module, ABC):
 
     name: str
 
+    @door
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"shape must be (channel, height, width), all at least 1; got {tuple(shape)}")
-        self.shape: Shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+        self.shape: Shape = shape
 
     @abstractmethod
     def _analyse(self, images: Images) -> Images: ...
@@ -51,27 +51,30 @@ class Basis(nn.Module, ABC):
     @abstractmethod
     def _label(self) -> dict[str, Tensor]: ...
 
+    @inner
     def forward(self, images: Images) -> Images:
         """Components `chi = U phi` of `images` (b, c, h, w), in their dtype and on their device.
 
         Raises:
             ValueError: if the image shape is not the basis's shape.
         """
-        return self._analyse(self._checked(images, "images"))
+        return self._analyse(images)
 
+    @inner
     def inverse(self, components: Images) -> Images:
         """Images `phi = U^T chi` of `components` (b, c, h, w).
 
         Raises:
             ValueError: if the component shape is not the basis's shape.
         """
-        return self._synthesise(self._checked(components, "components"))
+        return self._synthesise(components)
 
     @cached_property
     def labels(self) -> dict[str, Tensor]:
         """Named labels, each of shape (c, h, w), float64; `channel` exists wherever colours are not mixed."""
         return self._label()
 
+    @door
     def label(self, name: str) -> Float[Tensor, "c h w"]:
         """One label by name.
 
@@ -86,14 +89,6 @@ class Basis(nn.Module, ABC):
     def spec(self) -> dict[str, Any]:
         """What `make` needs, beside the shape, to build this basis again."""
         return {"name": self.name}
-
-    def _checked(self, x: Tensor, what: str) -> Tensor:
-        if not isinstance(x, Tensor) or x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
-            shape = ", ".join(map(str, self.shape))
-            raise ValueError(f"{what} must have shape (batch, {shape}); got {checks.what(x)}")
-        if not x.is_floating_point():
-            raise ValueError(f"{what} must be floating point (data.dequantise or data.scale); got {x.dtype}")
-        return x
 
     def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Channel, row and column of every place in the (c, h, w) array."""
@@ -135,6 +130,7 @@ class PCA(Basis):
 
     name = "pca"
 
+    @door
     def __init__(
         self, matrix: Float[Tensor, "g n n"], shape: Shape, eigenvalues: Float[Tensor, "g n"] | None = None
     ) -> None:
@@ -156,17 +152,13 @@ class PCA(Basis):
             )
         if eigenvalues is None:
             eigenvalues = matrix.new_ones(matrix.shape[:2])
-        if eigenvalues.shape != matrix.shape[:2]:
-            raise ValueError(
-                f"eigenvalues must have shape {tuple(matrix.shape[:2])}, one for each row of matrix; "
-                f"got {tuple(eigenvalues.shape)}"
-            )
         self.matrix: Tensor
         self.eigenvalues: Tensor
         self.register_buffer("matrix", matrix)
         self.register_buffer("eigenvalues", eigenvalues)
 
     @classmethod
+    @door
     def fit(cls, images: statistics.Images, per_channel: bool = False, symmetries: str = "none") -> "PCA":
         """Principal axes of `images`, by eigendecomposition of their covariance in float64.
 
@@ -184,12 +176,14 @@ class PCA(Basis):
         return cls.of(statistics.covariance(images, symmetries, per_channel)[1], _shape_of(images))
 
     @classmethod
+    @door
     def of(cls, covariance: Float[Tensor, "g n n"], shape: Shape) -> "PCA":
         """Principal axes of a covariance, of all components (g = 1) or of each channel's, by eigendecomposition."""
-        values, vectors = torch.linalg.eigh(covariance)
+        values, vectors = torch.linalg.eigh(checks.single(covariance))
         return cls(_signed(vectors.mT.flip(1)).contiguous(), shape, values.flip(1).clamp(min=0))
 
     @classmethod
+    @door
     def of_waves(cls, covariance: Float[Tensor, "1 n n"], shape: Shape) -> "PCA":
         """Principal axes of what of a covariance tells apart wavenumbers of the cosine transform and, at each, colours.
 
@@ -197,7 +191,9 @@ class PCA(Basis):
         something is as to which waves come together.
         """
         c, h, w = shape
-        cosines, half = DCT(shape), covariance.reshape(-1, c, h, w)
+        if covariance.shape[1] != c * h * w:
+            raise ValueError(f"covariance must be of the {c * h * w} numbers of {shape}; got {checks.what(covariance)}")
+        cosines, half = DCT(shape), checks.single(covariance).reshape(-1, c, h, w)
         for _ in range(2):  # U C, then U C U^T; C is symmetric
             half = cosines(half).flatten(1).T.reshape(-1, c, h, w)
         colours = half.reshape(c, h * w, c, h * w).diagonal(dim1=1, dim2=3).permute(2, 0, 1)  # (wave, c, c)
@@ -248,6 +244,7 @@ class Fourier(Basis):
 
     name = "fourier"
 
+    @door
     def stationary(self, variance: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
         """Variances with which independent components are stationary noise: the power Var F_k, shared by k and -k.
 
@@ -282,6 +279,7 @@ class DCT(Basis):
 
     name = "dct"
 
+    @door
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
         self.rows: Tensor
@@ -337,6 +335,7 @@ class Haar(Basis):
 
     name = "haar"
 
+    @door
     def __init__(self, shape: Shape, levels: int = 3) -> None:
         super().__init__(shape)
         most = (max(self.shape[1:]) - 1).bit_length()
@@ -440,6 +439,7 @@ class Blocks(Basis):
 
     name = "blocks"
 
+    @door
     def __init__(self, matrix: Float[Tensor, "m m"], shape: Shape, size: int = 0) -> None:
         super().__init__(shape)
         c, h, w = self.shape
@@ -457,7 +457,8 @@ class Blocks(Basis):
         self.register_buffer("matrix", matrix)
 
     @classmethod
-    def pca(cls, images: Images, size: int = 0) -> "Blocks":
+    @door
+    def pca(cls, images: statistics.Images, size: int = 0) -> "Blocks":
         """Principal components of the blocks of `images` (b, c, h, w), the same for all blocks.
 
         Raises:
@@ -472,6 +473,7 @@ class Blocks(Basis):
         return cls(_signed(vectors.mT.flip(0)[None])[0].contiguous(), shape, size)
 
     @classmethod
+    @door
     def waves(cls, shape: Shape) -> "Blocks":
         """Cosine waves along every column, colour by colour: for columns whose statistics don't depend on height."""
         return cls(torch.block_diag(*[_cosines(shape[1])] * shape[0]), shape)
@@ -481,15 +483,24 @@ class Blocks(Basis):
         """Name and size; the matrix is a tensor of its own."""
         return {"name": self.name, "size": self.size}
 
+    @inner
     def split(self, x: Images) -> Float[Tensor, "b n m"]:
         """The n blocks of an image, or of components, each of m numbers."""
         if self.size:
             return nn.functional.pixel_unshuffle(x, self.size).flatten(2).mT
         return x.permute(0, 3, 1, 2).flatten(2)
 
+    @inner
     def join(self, blocks: Float[Tensor, "b n m"]) -> Images:
-        """The inverse of `split`."""
+        """The inverse of `split`.
+
+        Raises:
+            ValueError: for another number of blocks, or of numbers in each.
+        """
         c, h, w = self.shape
+        m = len(self.matrix)
+        if blocks.shape[1:] != (c * h * w // m, m):
+            raise ValueError(f"blocks must have shape (b, {c * h * w // m}, {m}); got {checks.what(blocks)}")
         if self.size:
             places = blocks.mT.unflatten(2, (h // self.size, w // self.size))
             return nn.functional.pixel_shuffle(places, self.size)
@@ -506,6 +517,7 @@ class Blocks(Basis):
         return {"row": row, "column": column}
 
 
+@door
 def make(name: str, shape: Shape, images: statistics.Images | None = None, **options: Any) -> Basis:
     """A basis by name: `pixel`, `pca`, `fourier`, `dct` or `haar`.
 
@@ -536,6 +548,7 @@ def make(name: str, shape: Shape, images: statistics.Images | None = None, **opt
     return PCA.fit(images, **options)
 
 
+@door
 def groups_by(label: Float[Tensor, "c h w"], count: int) -> Int64[Tensor, "c h w"]:
     """Group indices 0 .. count-1 of shape (c, h, w) along a label, of as equal sizes as ties allow.
 

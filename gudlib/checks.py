@@ -27,7 +27,7 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
     >>> whole("steps", numpy.int64(3))
     3
     """
-    plain = _plain(value)
+    plain = python(value)
     try:
         number = None if isinstance(plain, bool) else operator.index(plain)
     except TypeError:
@@ -63,7 +63,7 @@ def real(
     Raises:
         ValueError: for anything else; it names the argument.
     """
-    plain = _plain(value)
+    plain = python(value)
     try:
         number = math.nan if isinstance(plain, str | bytes | bool) else float(plain)
     except (TypeError, ValueError, OverflowError):
@@ -89,13 +89,13 @@ def flag(name: str, value: Any) -> bool:
     Raises:
         ValueError: for anything but True and False, of numpy or torch too; it names the argument.
     """
-    plain = _plain(value)
+    plain = python(value)
     if not isinstance(plain, bool):
         raise ValueError(f"{name} must be True or False; got {value!r}")
     return plain
 
 
-def _plain(value: Any) -> Any:
+def python(value: Any) -> Any:
     """A number of numpy or torch as Python's; anything else as it is."""
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
@@ -217,6 +217,17 @@ def finite(name: str, values: Tensor) -> Tensor:
         wrong = (~values.isfinite()).nonzero()
         first = ", ".join(map(str, wrong[0].tolist()))
         raise ValueError(f"{name} must be finite; {len(wrong)} of {values.numel()} numbers are not, first [{first}]")
+    return values
+
+
+def positive(name: str, values: Tensor) -> Tensor:
+    """Numbers above 0.
+
+    Raises:
+        ValueError: if some are not; it names the argument.
+    """
+    if not bool((values > 0).all()):
+        raise ValueError(f"{name} must be above 0 everywhere; the smallest is {values.min().item():g}")
     return values
 
 

@@ -20,7 +20,7 @@ import os
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gudlib import checks
+from gudlib.doors import door
 from gudlib.files import DATA, IN_REPOSITORY, with_repository
 
 if TYPE_CHECKING:  # importing them takes a second: only what reads files does
@@ -83,6 +84,7 @@ class ImageSet:
     class_names: tuple[str, ...] = field(repr=False)
 
 
+@door
 def load(name: str, split: str) -> ImageSet:
     """Load "train" or "test" of a set of `KNOWN`, or of a folder of `$GUDLIB_DATA`, in the table's order.
 
@@ -111,6 +113,7 @@ def load(name: str, split: str) -> ImageSet:
     return ImageSet(name, split, origin, images, labels, names)
 
 
+@door
 def crops(name: str, stride: int) -> UInt8[Tensor, "n c h w"]:
     """Training images of a set that `load` cuts from larger rows, cut anew, `stride` pixels apart both ways.
 
@@ -129,6 +132,7 @@ def crops(name: str, stride: int) -> UInt8[Tensor, "n c h w"]:
     return _images(dataset, f"{place}", replace(source, strides=(stride, stride)), "train")
 
 
+@door
 def load_folder(
     path: str | Path, size: int | tuple[int, int], colours: str = "auto", seed: int = 0, skip_damaged: bool = False
 ) -> UInt8[Tensor, "n c h w"]:
@@ -154,44 +158,53 @@ def load_folder(
     seed, skip_damaged = checks.seed("seed", seed), checks.flag("skip_damaged", skip_damaged)
     if not Path(path).is_dir():
         raise FileNotFoundError(f"path must be a folder of pictures; there is none at {path}")
-    from datasets import Image, load_dataset
+    from datasets import Image
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    found = [p for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith(".")]
-    files = sorted(str(p) for p in found if p.suffix.lower() in ImageFolder.EXTENSIONS)
+    files, others = [], 0
+    for name in tqdm(_files_in(str(path)), desc="looking for pictures", unit=" files", delay=1):
+        known = os.path.splitext(name)[1].lower() in ImageFolder.EXTENSIONS
+        files += [name] * known
+        others += not known
     if not files:
-        raise FileNotFoundError(f"no pictures in {path}: {len(found)} files, none with the ending of an image file")
-    options: dict = {"drop_labels": True, "drop_metadata": True, "streaming": True}  # no copy in the user's home
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()  # of looking for the files, which are known
-    try:
-        rows = load_dataset("imagefolder", data_files={"train": files}, **options)["train"]
-    finally:
-        if shown:
-            enable_progress_bars()
-    rows = rows.cast_column("image", Image(decode=False))
-    pictures, broken, small = [], [], 0
-    for row in tqdm(rows, total=len(files), desc="pictures", disable=len(files) < 500):
+        raise FileNotFoundError(f"no pictures in {path}: {others} files, none with the ending of an image file")
+    files.sort()
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    mode = "L" if colours == "grey" else "RGB"
+    pictures = np.empty((len(files), len(mode), height, width), np.uint8)
+    broken, small, read = [], 0, 0
+    for i in tqdm(order, desc="pictures", delay=1):
         try:
-            encoded = Path(row["image"]["path"]).read_bytes()
-            picture = Image().decode_example({"path": None, "bytes": encoded})
-            small += picture.height < height or picture.width < width
-            pictures.append(_sized(picture, height, width, "L" if colours == "grey" else "RGB"))
+            with open(files[i], "rb") as file:
+                picture = Image().decode_example({"path": None, "bytes": file.read()})
+            pixels = _sized(picture, height, width, mode).reshape(height, width, -1).transpose(2, 0, 1)
         except Exception as error:  # Pillow raises a dozen types on corrupt files
-            broken.append(f"{row['image']['path']} ({type(error).__name__}: {error})")
+            broken.append(f"{files[i]} ({type(error).__name__}: {error})")
+            continue
+        pictures[read] = pixels
+        small, read = small + (picture.height < height or picture.width < width), read + 1
     if broken:
-        some = "\n  ".join(broken[:5] + ["..."] * (len(broken) > 5))
+        some = "\n  ".join(sorted(broken)[:5] + ["..."] * (len(broken) > 5))
         told = f"{len(broken)} of {len(files)} files can't be read"
-        if not skip_damaged or not pictures:
+        if not skip_damaged or not read:
             raise ValueError(f"{told}; remove or mend them, or say skip_damaged=True:\n  {some}")
-        warnings.warn(f"{told} and are left out:\n  {some}", stacklevel=2)
+        warnings.warn(f"{told} and are left out:\n  {some}", stacklevel=3)
     if small:
-        warnings.warn(f"{small} of {len(files)} pictures are smaller than {height} x {width}: enlarged", stacklevel=2)
-    images = torch.from_numpy(np.stack(pictures)).view(len(pictures), height, width, -1).permute(0, 3, 1, 2)
-    if colours == "auto" and bool((images == images[:, :1]).all()):
-        images = images[:, :1]
-    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))].contiguous()
+        warnings.warn(f"{small} of {len(files)} pictures are smaller than {height} x {width}: enlarged", stacklevel=3)
+    images = torch.from_numpy(pictures)[:read]
+    if colours == "auto" and all(bool((part == part[:, :1]).all()) for part in images.split(1024)):
+        return images[:, :1].contiguous()
+    return images
+
+
+def _files_in(folder: str) -> Iterator[str]:
+    """Files in a folder and the folders in it, one at a time; no hidden ones."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_in(entry.path)
+            elif entry.is_file() and not entry.name.startswith("."):
+                yield entry.path
 
 
 def _sized(picture: "PIL.Image.Image", height: int, width: int, mode: str) -> np.ndarray:
@@ -201,6 +214,7 @@ def _sized(picture: "PIL.Image.Image", height: int, width: int, mode: str) -> np
     return np.asarray(ImageOps.fit(_eight_bits(picture).convert(mode), (width, height), Image.Resampling.LANCZOS))
 
 
+@door
 def locate(name: str, split: str) -> Path | str:
     """Find where `load` takes a split from: a file, or an identifier on the hub. Reads nothing, raises as it.
 
@@ -226,6 +240,7 @@ def locate(name: str, split: str) -> Path | str:
     raise FileNotFoundError(_missing(name, split))
 
 
+@door
 def scale(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Map grey levels to y = x / 127.5 - 1 in [-1, 1], float32; `to_uint8` inverts it exactly.
 
@@ -235,6 +250,7 @@ def scale(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return checks.levels("images", images).float() / 127.5 - 1
 
 
+@door
 def dequantise(images: UInt8[Tensor, "*shape"], generator: torch.Generator) -> Float[Tensor, "*shape"]:
     """Map grey levels to y = (x + u) / 128 - 1 in [-1, 1), float32; `to_uint8` inverts it exactly.
 
@@ -248,6 +264,7 @@ def dequantise(images: UInt8[Tensor, "*shape"], generator: torch.Generator) -> F
     return (images + u.float() / 2**16) / 128 - 1
 
 
+@door
 def to_uint8(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """Map values to grey levels for viewing: floor(128 (y + 1)), clamped to 0 and 255.
 

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gudlib import __version__, bases, checks, networks, references
+from gudlib.doors import door, inner
 from gudlib.files import read_tensors, write_tensors
 from gudlib.priors import Moments, Prior
 from gudlib.process import Batch, Gamma
@@ -54,6 +55,7 @@ class Denoiser(nn.Module):
         noised: whether the network sees the noised image; default whether it has `fourier` features of it.
     """
 
+    @inner
     def __init__(self, network: nn.Module, reference: Reference, noised: bool | None = None) -> None:
         super().__init__()
         self.network, self.reference = network, reference
@@ -65,10 +67,16 @@ class Denoiser(nn.Module):
         return self.reference.basis
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(c, h, w)."""
+        return self.basis.shape
+
+    @property
     def prior(self) -> Prior:
         """m and S, and the variance c of the white data."""
         return self.reference.prior
 
+    @inner
     def forward(self, white_t: Batch, gamma: Gamma) -> Batch:
         """The predicted noise, same shape and dtype as `white_t`; gamma broadcasts to it."""
         basis, prior, into = self.basis, self.prior, self.reference.components
@@ -76,7 +84,12 @@ class Denoiser(nn.Module):
         images = [residual, prior.scale.to(mean) * mean]
         if into is basis:  # one transform for all of them
             images = torch.cat([*images, prior.unwhiten(white_t)] if self.noised else images)
-            images = basis.inverse(images.float()).unflatten(0, (-1, len(white_t))).transpose(0, 1).flatten(1, 2)
+            images = (
+                basis.inverse(images.float())
+                .unflatten(0, (2 + self.noised, len(white_t)))
+                .transpose(0, 1)
+                .flatten(1, 2)
+            )
         else:
             images = [into.inverse(x.float()) for x in images]
             noised = [basis.inverse(prior.unwhiten(white_t).float())] if self.noised else []
@@ -87,6 +100,7 @@ class Denoiser(nn.Module):
         return eps + (signal / noise).sqrt() * correction
 
 
+@door
 def build(
     basis: bases.Basis,
     prior: Prior,
@@ -132,6 +146,7 @@ def _network(
     return networks.UNet(groups=groups, inverse=inverse, **options)
 
 
+@door
 def save(
     denoiser: Denoiser, path: str | Path, half: bool = False, card: dict[str, Any] | None = None, **header: Any
 ) -> None:
@@ -149,6 +164,7 @@ def save(
     write_tensors(path, tensors, describe(denoiser) | {"card": card or {}} | header)
 
 
+@door
 def load(path: str | Path) -> Denoiser:
     """The denoiser of a file written by `save`, in float32 on the CPU, ready to sample.
 
@@ -173,6 +189,7 @@ def naming(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path} is no checkpoint that gudlib {__version__} can read: {reason}") from error
 
 
+@door
 def rebuild(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Denoiser:
     """The denoiser of what `read_saved` read from `path`.
 
@@ -190,6 +207,7 @@ def rebuild(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]
     return Denoiser(network, reference, header.get("noised")).eval()
 
 
+@door
 def saved_network(make: Callable[[], Network], tensors: dict[str, Tensor]) -> Network:
     """A network with the tensors of a file, whose names and shapes are compared with its own before it is filled.
 
@@ -210,6 +228,7 @@ def saved_network(make: Callable[[], Network], tensors: dict[str, Tensor]) -> Ne
     return network
 
 
+@door
 def saved_reference(tensors: dict[str, Tensor], header: dict[str, Any]) -> Reference:
     """The reference of what `read_saved` read, with basis and prior in float32 as `build` makes them."""
     channels, height, width = (checks.whole("shape", size) for size in header["shape"])
@@ -231,6 +250,7 @@ def saved_reference(tensors: dict[str, Tensor], header: dict[str, Any]) -> Refer
     return references.rebuild(name, basis.float(), Prior(moments, tensors["prior.scale"]).float(), tables)
 
 
+@door
 def card(path: str | Path) -> dict[str, Any]:
     """What `save` was told about the training of a checkpoint.
 
@@ -240,6 +260,7 @@ def card(path: str | Path) -> dict[str, Any]:
     return read_saved(path)[1]["card"]
 
 
+@door
 def read_saved(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file written by `save`.
 
@@ -252,6 +273,7 @@ def read_saved(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
+@door
 def describe(denoiser: Denoiser) -> dict[str, Any]:
     """The JSON header from which `load` rebuilds the modules."""
     return {

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from gudlib import bases, checks, likelihood, metrics, priors, references, samplers, statistics
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser, build
+from gudlib.doors import door
 from gudlib.families import FINEST, Family, Range, Sequential, SoftConditioning
 from gudlib.process import Model, Process
 from gudlib.references import IndependentGaussian
@@ -61,10 +62,8 @@ class Design:
 
     def __post_init__(self) -> None:
         known = ("plain", "pixel", "pca", "fourier", "dct", "haar", "waves")
-        if self.basis not in known:
-            raise ValueError(f"basis must be one of {known}; got {self.basis!r}")
-        if self.conditioning not in NOISE_LEVEL_INPUTS:
-            raise ValueError(f"conditioning must be one of {tuple(NOISE_LEVEL_INPUTS)}; got {self.conditioning!r}")
+        checks.one_of("basis", self.basis, known)
+        checks.one_of("conditioning", self.conditioning, tuple(NOISE_LEVEL_INPUTS))
         checks.real("r", self.r)
         pair = isinstance(self.a, list | tuple) and len(self.a) == 2
         if not pair or not 0 <= checks.real("a", self.a[0]) <= checks.real("a", self.a[1]):
@@ -86,6 +85,7 @@ class FittedDesign:
         gamma_max_target: -log SNR_i at which the first component ends, the same for all `a` of the design.
     """
 
+    @door
     def __init__(self, design: Design, images: UInt8[Tensor, "n c h w"], seed: int = 0, few: bool = False) -> None:
         checks.grey("images", images, least=2)
         seed = checks.seed("seed", seed)
@@ -120,6 +120,7 @@ class FittedDesign:
         self._soft = SoftConditioning(self.prior, design.a, self.gamma_max_target)
         self.reference = references.fit(design.reference, self.basis, self.prior, images)
 
+    @door
     def family(
         self,
         blocks: str | Sequence[str] | None = None,
@@ -136,19 +137,23 @@ class FittedDesign:
             return self._soft
         return Sequential(self.basis, self.prior, blocks, b, self.gamma_max_target, finest, order)
 
+    @door
     def schedule(self, a: PerImage) -> Schedule:
         """Soft-conditioning with the common ends; a tensor holds one `a` for each image of a batch."""
         return self._soft.schedule(a)
 
+    @door
     def sequential(self, order: Order | Sequence[Order], b: PerImage | Sequence[PerImage]) -> Schedule:
         """Components one after another (`schedules.sequential`), from the finest noise to SNR = e^-gamma_max_target."""
         gamma_min = 2 * math.log(FINEST) - 2 * self.prior.scale.log()
         return sequential(order, b, gamma_min, self.gamma_max_target + self.prior.log_variance)
 
+    @door
     def process(self, a: float) -> Process:
         """The design's process at inverse softness `a`."""
         return Process(self.basis, self.prior, self.schedule(a))
 
+    @door
     def denoiser(self, width: int, seed: int = 0, **network: Any) -> Denoiser:
         """An untrained denoiser in float32; `network` are options of `networks.UNet`.
 
@@ -189,6 +194,7 @@ class FittedDesign:
         return round(float(torch.linalg.eigvalsh(ritz).max().log()), 6)  # digits that float32 products leave
 
 
+@door
 def principal(images: statistics.Images, noise: float = 0.0) -> tuple[bases.PCA, bool]:
     """Principal components for images that may be few: those of their covariance or, if it predicts better, of waves.
 
@@ -249,6 +255,7 @@ class _ToldTime(nn.Module):
 
 
 @torch.no_grad()
+@door
 def score(
     model: Model,
     process: Process,
@@ -273,6 +280,11 @@ def score(
         draws: estimates of each image's bound.
         seed: of noise.
     """
+    generated, draws, seed = (
+        checks.whole("generated", generated, 4),
+        checks.whole("draws", draws),
+        checks.seed("seed", seed),
+    )
     start, device = time.perf_counter(), process.prior.mean.device
     data = dequantise(test, torch.Generator().manual_seed(0)).to(device)
     found = likelihood.bound(model, process, data, draws, seed=seed, importance=True)

@@ -17,8 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gudlib import checks
+from gudlib.doors import door, inner
 from gudlib.process import Batch, Gamma, to_eps
 from gudlib.schedules import PerComponent, Schedule, alpha, sigma
+
+Each = Float[Tensor, "b *components"]  # a number for each of d components, whose axes are (c, h, w) or one
 
 
 class GaussianMixture:
@@ -30,9 +34,10 @@ class GaussianMixture:
         weights: (k,), positive; normalised here. Default equal.
 
     Raises:
-        ValueError: if the shapes do not fit, or a weight is not positive.
+        ValueError: if the shapes do not fit, a weight is not positive, or a covariance is none.
     """
 
+    @door
     def __init__(
         self,
         means: Float[Tensor, "k d"],
@@ -40,18 +45,14 @@ class GaussianMixture:
         weights: Float[Tensor, " k"] | None = None,
     ) -> None:
         weights = means.new_ones(len(means)) if weights is None else weights
-        k, d = means.shape
-        if tuple(covariances.shape) != (k, d, d) or tuple(weights.shape) != (k,):
-            raise ValueError(
-                f"means of shape ({k}, {d}) need covariances ({k}, {d}, {d}) and weights ({k},); "
-                f"got {tuple(covariances.shape)} and {tuple(weights.shape)}"
-            )
-        if not bool((weights > 0).all()):
-            raise ValueError(f"weights must be positive; got {weights.tolist()}")
+        checks.positive("weights", weights)
+        _definite("covariances", covariances, 10 * means.shape[1] * torch.finfo(covariances.dtype).eps)
         self.means, self.covariances, self.weights = means, covariances, weights / weights.sum()
 
+    @door
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n d"]:
         """`n` draws (n, d)."""
+        n = checks.whole("n", n)
         which = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         options = {"dtype": self.means.dtype, "device": self.means.device}
         noise = torch.randn(n, self.means.shape[1], generator=generator, **options)
@@ -59,33 +60,43 @@ class GaussianMixture:
         root = vectors * values.clamp(min=0).sqrt()[:, None, :]
         return self.means[which] + torch.einsum("nij,nj->ni", root[which], noise)
 
+    @inner
     def score(self, white_t: Batch, gamma: Gamma) -> Batch:
         """Gradient of log p(chi_t) with respect to chi_t, (b, c, h, w)."""
         solved, log_joint = self._posterior(white_t, gamma)
         return -(log_joint.softmax(0)[..., None] * solved).sum(0).reshape(white_t.shape)
 
+    @inner
     def __call__(self, white_t: Batch, gamma: Gamma) -> Batch:
         """The best prediction of the noise, E[eps | chi_t]."""
         return to_eps(self.score(white_t, gamma), "score", white_t, gamma)
 
+    @inner
     def log_prob(self, white_t: Batch, gamma: Gamma | None = None) -> Float[Tensor, " b"]:
         """log p(chi_t) in nats for each of the batch; without gamma, that of the data themselves."""
         gamma = white_t.new_full((1, *white_t.shape[1:]), -torch.inf) if gamma is None else gamma
         return self._posterior(white_t, gamma)[1].logsumexp(0)
 
-    def covariance(self, gamma: Gamma) -> Float[Tensor, "k b d d"]:
+    @inner
+    def covariance(self, gamma: Float[Tensor, "..."]) -> Float[Tensor, "k b d d"]:
         """A C A + N of every mixture component at noise level gamma, (k, b, d, d) with b = 1 for one gamma."""
-        level = gamma.reshape(-1, self.means.shape[1])
+        level = self._each(gamma)
         a = alpha(level)
         return a[:, :, None] * self.covariances[:, None] * a[:, None, :] + torch.sigmoid(level).diag_embed()
 
+    def _each(self, gamma: Tensor) -> Float[Tensor, "b d"]:
+        d = self.means.shape[1]
+        if gamma.numel() % d:
+            raise ValueError(f"gamma must have {d} components; got shape {tuple(gamma.shape)}")
+        return gamma.reshape(-1, d)
+
     def _posterior(self, white_t: Batch, gamma: Gamma) -> tuple[Tensor, Tensor]:
         """(A C A + N)^-1 (chi_t - A m), shape (k, b, d), and log (weight * density), shape (k, b)."""
-        x, d = white_t.reshape(len(white_t), -1), self.means.shape[1]
+        x, d = white_t.flatten(1), self.means.shape[1]
         if x.shape[1] != d:
             raise ValueError(f"white_t must have {d} components; got shape {tuple(white_t.shape)}")
-        level = gamma.reshape(-1, d)
-        root = torch.linalg.cholesky(self.covariance(gamma))  # (k, 1 or b, d, d)
+        level = self._each(gamma)
+        root = _root(self.covariance(gamma))  # (k, 1 or b, d, d)
         off = x - alpha(level) * self.means[:, None]  # (k, b, d)
         if root.shape[1] == 1:  # one gamma for all: one factorisation serves the whole batch
             solved = torch.cholesky_solve(off.mT, root[:, 0]).mT
@@ -96,36 +107,41 @@ class GaussianMixture:
         return solved, log_density + self.weights.log()[:, None]
 
 
+@door
 def gaussian(mean: Float[Tensor, " d"], covariance: Float[Tensor, "d d"]) -> GaussianMixture:
     """A single normal distribution with full covariance, as a model."""
     return GaussianMixture(mean[None], covariance[None])
 
 
+@inner
 def gaussian_eps(white_t: Batch, gamma: Gamma, white_variance: Float[Tensor, "c h w"]) -> Batch:
     """E[eps | chi_t] for independent N(0, c): sigma chi_t / (alpha^2 c + sigma^2)."""
     noise = torch.sigmoid(gamma)
     return noise.sqrt() * white_t / (torch.sigmoid(-gamma) * white_variance + noise)
 
 
-def gaussian_error(gamma: Gamma, covariance: Float[Tensor, "d d"]) -> Batch:
+@inner
+def gaussian_error(gamma: Each, covariance: Float[Tensor, "d d"]) -> Each:
     """E(eps_i - eps_hat_i)^2 of the best prediction for N(m, C), any C: 1 - sigma_i^2 [(A C A + N)^-1]_ii.
 
     Arguments:
         gamma: noise levels, (b, c, h, w) with c h w = d.
         covariance: C of the white data, (d, d).
     """
-    noised = gaussian(covariance.new_zeros(len(covariance)), covariance).covariance(gamma)[0]
-    precision = torch.cholesky_inverse(torch.linalg.cholesky(noised)).diagonal(dim1=-2, dim2=-1)
+    noised = _noised(gamma, covariance)
+    precision = torch.cholesky_inverse(_root(noised)).diagonal(dim1=-2, dim2=-1)
     return 1 - torch.sigmoid(gamma) * precision.reshape(gamma.shape)
 
 
-def linear_eps(gamma: Gamma, covariance: Float[Tensor, "d d"]) -> Float[Tensor, "b d d"]:
+@inner
+def linear_eps(gamma: Each, covariance: Float[Tensor, "d d"]) -> Float[Tensor, "b d d"]:
     """The best denoiser of N(0, C) as a matrix, eps_hat = B chi_t: B = diag(sigma) (A C A + N)^-1, for each gamma."""
-    noised = gaussian(covariance.new_zeros(len(covariance)), covariance).covariance(gamma)[0]
+    noised = _noised(gamma, covariance)
     return sigma(gamma).flatten(1)[:, :, None] * torch.linalg.inv(noised)
 
 
-def linear_error(matrix: Float[Tensor, "b d d"], gamma: Gamma, covariance: Float[Tensor, "d d"]) -> Batch:
+@inner
+def linear_error(matrix: Float[Tensor, "b d d"], gamma: Each, covariance: Float[Tensor, "d d"]) -> Each:
     """E(eps_i - (B chi_t)_i)^2 of any linear denoiser B for data N(0, C): 1 - 2 sigma_i B_ii + [B (A C A + N) B^T]_ii.
 
     Arguments:
@@ -133,17 +149,25 @@ def linear_error(matrix: Float[Tensor, "b d d"], gamma: Gamma, covariance: Float
         gamma: the noise levels, (b, c, h, w) with c h w = d.
         covariance: C of the white data, (d, d).
     """
-    noised = gaussian(covariance.new_zeros(len(covariance)), covariance).covariance(gamma)[0]
+    noised = _noised(gamma, covariance)
+    matrix = matrix.to(noised.dtype)
     own = sigma(gamma).flatten(1) * matrix.diagonal(dim1=1, dim2=2)
     return (1 - 2 * own + torch.einsum("bij,bjk,bik->bi", matrix, noised, matrix)).view_as(gamma)
 
 
+@door
 def normal_kl(covariance: Float[Tensor, "d d"], other: Float[Tensor, "d d"]) -> Float[Tensor, ""]:
-    """KL(N(0, S) || N(0, V)) in nats, (tr V^-1 S - d - log det V^-1 S) / 2."""
+    """KL(N(0, S) || N(0, V)) in nats, (tr V^-1 S - d - log det V^-1 S) / 2.
+
+    Raises:
+        ValueError: if one of the two is no covariance, positive definite.
+    """
+    covariance, other = _definite("covariance", covariance).double(), _definite("other", other).double()
     ratio = torch.linalg.solve(other, covariance)
     return 0.5 * (ratio.trace() - len(ratio) - torch.logdet(ratio))
 
 
+@door
 def information(
     schedule: Schedule, error: Callable[[Gamma], Batch], points: int = 16, device: torch.device | str = "cpu"
 ) -> PerComponent:
@@ -165,6 +189,7 @@ def information(
         https://arxiv.org/abs/cs/0412108, theorem 2
         Variational Diffusion Models, D. P. Kingma et al., 2021, https://arxiv.org/abs/2107.00630, section 5.1
     """
+    points = checks.whole("points", points)
     edges = torch.cat([torch.zeros(1), schedule.kinks, torch.ones(1)])
     while bool((wide := schedule.gamma(edges).diff(dim=0).flatten(1).amax(1) > 2).any()):
         edges = torch.cat([edges, (edges[:-1] + edges[1:])[wide] / 2]).sort().values
@@ -173,3 +198,29 @@ def information(
     t = (edges[:-1, None] + width[:, None] * (nodes + 1) / 2).flatten().to(device)
     weight = (width[:, None] * weights / 2).flatten().to(device)
     return 0.5 * torch.einsum("t,tchw->chw", weight, schedule.dgamma_dt(t) * error(schedule.gamma(t)))
+
+
+def _definite(name: str, covariance: Float[Tensor, "*k d d"], slack: float = 0.0) -> Float[Tensor, "*k d d"]:
+    """A covariance, symmetric and positive definite but for a slack in units of its largest variance, or of 1."""
+    covariance = checks.single(covariance)
+    largest = covariance.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=1)[..., None, None]
+    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    uneven = bool(((covariance - covariance.mT).abs() > 1e-5 * largest).any())
+    if uneven or bool(torch.linalg.cholesky_ex(covariance + slack * largest * eye)[1].any()):
+        raise ValueError(
+            f"{name} must be symmetric and have no direction of variance {'below' if slack else 'at or below'} 0"
+        )
+    return covariance
+
+
+def _noised(gamma: Each, covariance: Float[Tensor, "d d"]) -> Float[Tensor, "b d d"]:
+    """A C A + N at each of the noise levels."""
+    if gamma[:1].numel() != len(covariance):
+        raise ValueError(f"gamma must have {len(covariance)} components; got shape {tuple(gamma.shape)}")
+    return gaussian(covariance.new_zeros(len(covariance)), covariance).covariance(gamma)[0]
+
+
+def _root(matrix: Float[Tensor, "*b d d"]) -> Float[Tensor, "*b d d"]:
+    """Cholesky's, NaN where there is none; no one waits for a GPU."""
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    return root.masked_fill((failed > 0)[..., None, None], math.nan)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gudlib import checks
 from gudlib.bases import Basis, Blocks
+from gudlib.doors import door, inner
 from gudlib.priors import Prior
 from gudlib.schedules import (
     Nest,
@@ -44,12 +45,14 @@ ORDERS = ("raster", "random")
 Permutations = Int64[Tensor, "*batch count"]  # [..., k]: number, in reading order, of the patch that is generated k-th
 
 
+@inner
 def stratified_times(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
     """`n` uniform times in [0, 1) of low discrepancy: one random shift of a regular grid.
 
     References:
         Variational Diffusion Models, D. P. Kingma et al., 2021, https://arxiv.org/abs/2107.00630, appendix I
     """
+    n = checks.whole("n", n)
     shift = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
     return (shift + torch.arange(n, dtype=torch.float64, device=generator.device) / n) % 1
 
@@ -102,6 +105,7 @@ class SoftConditioning(Family):
         ValueError: if a is not (lowest, highest), or the targets don't rise.
     """
 
+    @door
     def __init__(
         self,
         prior: Prior,
@@ -127,20 +131,24 @@ class SoftConditioning(Family):
         self.ends = float(self.order.min()), float(self.order.max())
         self.schedule(torch.tensor(self.a, dtype=torch.float64))  # checked here, not at every draw
 
+    @inner
     def forward(self, n: int, generator: torch.Generator) -> Schedule:
         """As `Family`."""
         a = self.a[0] + (self.a[1] - self.a[0]) * _shuffled(n, generator)
         lines = partial(offset_lines, self.order, a, self.log_variance, self.gamma_min_target(a), self._targets[1])
         return Schedule(lines, self.shape, batch=(n,))
 
+    @door
     def schedule(self, a: PerImage) -> Schedule:
         """The member of inverse softness `a`; a tensor holds one for each image of a batch."""
         return soft_conditioning(self.order, a, self.log_variance, self.gamma_min_target(a), self._targets[1])
 
+    @door
     def moving(self, a: PerImage) -> float:
         """All of it."""
         return 1.0
 
+    @inner
     def gamma_min_target(self, a: PerImage) -> Float[Tensor, "*batch"]:
         """-log SNR of the last component at t = 0, with which the noise is the finest, if that is what is asked for.
 
@@ -189,6 +197,7 @@ class Sequential(Family):
         https://arxiv.org/abs/2406.11838 (tokens in random orders)
     """
 
+    @door
     def __init__(
         self,
         basis: Basis,
@@ -225,6 +234,7 @@ class Sequential(Family):
         for ends in zip(*self.b, strict=True):
             self.schedule(ends)  # checked here, not at every draw
 
+    @inner
     def forward(self, n: int, generator: torch.Generator) -> Schedule:
         """As `Family`."""
         shares = [high * (low / high) ** _shuffled(n, generator) for low, high in self.b]
@@ -233,6 +243,7 @@ class Sequential(Family):
             start = self.nest.exchanged(start, self.random_orders(n, generator))
         return Schedule(partial(clipped_lines, self.low, self.high, start, duration), self.shape, batch=(n,))
 
+    @door
     def schedule(self, b: PerImage | Sequence[PerImage], order: Permutations | None = None) -> Schedule:
         """The member of softness `b`, one for each of the blocks; a tensor holds one for each image of a batch.
 
@@ -255,6 +266,7 @@ class Sequential(Family):
             raise ValueError(f"order and b must be for one batch; they are for {sizes}") from None
         return Schedule(partial(clipped_lines, self.low, self.high, start, duration), self.shape, raster.kinks)
 
+    @inner
     def random_orders(self, n: int, generator: torch.Generator) -> Int64[Tensor, "n count"]:
         """An order of the patches for each of n images, for `schedule`: all permutations are as likely."""
         keys = torch.rand(n, self.count, generator=generator, dtype=torch.float64, device=generator.device)
@@ -277,6 +289,7 @@ class Sequential(Family):
             raise ValueError(f"{wanted} in any order; got {order[wrong][0].tolist()}")
         return order.to(self.low.device)
 
+    @door
     def moving(self, b: PerImage | Sequence[PerImage]) -> float:
         """The product of the softnesses."""
         return math.prod(float(torch.as_tensor(each).min()) for each in _each(b))
@@ -297,6 +310,7 @@ class Sequential(Family):
 class Derived(Family):
     """A family in training of which a `share` of the images differs; its members are those of the family."""
 
+    @door
     def __init__(self, family: Family, share: float) -> None:
         super().__init__()
         share = checks.real("share", share, least=0, most=1)
@@ -330,6 +344,7 @@ class Known(Derived):
         ValueError: if the share is out of range, or the masks don't fit.
     """
 
+    @door
     def __init__(self, family: Family, masks: Bool[Tensor, "m c h w"] | str, share: float = 0.5) -> None:
         super().__init__(family, share)
         drawn = known(masks, family.shape) if isinstance(masks, str) else masks
@@ -342,6 +357,7 @@ class Known(Derived):
         self.masks: Tensor
         self.register_buffer("masks", drawn, persistent=False)
 
+    @inner
     def forward(self, n: int, generator: torch.Generator) -> Schedule:
         """As `Family`."""
         schedule, device = self.family(n, generator), generator.device
@@ -366,12 +382,14 @@ class Mixed(Derived):
         ValueError: if the share is out of range, or the families are of different shapes.
     """
 
+    @door
     def __init__(self, family: Family, other: Family, share: float) -> None:
         super().__init__(family, share)
         if family.shape != other.shape:
             raise ValueError(f"the two families must have one shape; got {family.shape} and {other.shape}")
         self.other = other
 
+    @inner
     def forward(self, n: int, generator: torch.Generator) -> Schedule:
         """As `Family`."""
         drawn = self.family(n, generator)
@@ -389,6 +407,7 @@ class Mixed(Derived):
         return {"name": "mixed", "of": self.family.spec, "with": self.other.spec, "share": self.share}
 
 
+@door
 def rebuild(spec: dict[str, Any], basis: Basis, prior: Prior) -> Family:
     """The family of a `spec`, for the basis and prior it was made for.
 
@@ -411,12 +430,14 @@ def rebuild(spec: dict[str, Any], basis: Basis, prior: Prior) -> Family:
     raise ValueError(f"a family must be soft_conditioning, sequential, mixed, or known with masks by name; got {spec}")
 
 
+@door
 def stopping_at(spec: dict[str, Any], finest: float) -> dict[str, Any]:
     """The `spec` of the same family with another `finest`, the noise at t = 0 in units of the data."""
     inner = {key: stopping_at(value, finest) for key, value in spec.items() if isinstance(value, dict)}
     return spec | inner | ({"finest": finest} if "finest" in spec else {})
 
 
+@door
 def known(which: str, shape: Shape) -> Bool[Tensor, "m c h w"]:
     """Masks of what is known in training for filling and growing, the same ones always.
 

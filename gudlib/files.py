@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gudlib import __version__
+
+FORMAT = 1  # of files of tensors; those of a later one are refused
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
 DATA = ROOT / "data"
@@ -77,11 +80,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Any], header: dict[str, Any]) -> None:
-    """Write named tensors, from whatever device, and a JSON header as one safetensors file, with a digest of both."""
+    """Write named tensors, from whatever device, and a JSON header as one safetensors file, with a digest of both.
+
+    The header also tells the format and the version of the library, which `read_tensors` takes out again.
+    """
     from safetensors.torch import save
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(header, default=_plain)
+    text = json.dumps(header | {"format": FORMAT, "gudlib": __version__}, default=_plain)
     names, _, data = _parts(save(whole))
     write(path, save(whole, {"header": text, "sha256": _digest(names, text, data)}))
 
@@ -102,8 +108,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated, not one of ours, or not as it was written (files without a digest do not tell);
-            it is named.
+        ValueError: if it is truncated, not one of ours, of a later format, or not as it was written, which files from
+            before digests do not tell; it is named.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -117,8 +123,13 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         header = json.loads(texts["header"])
         if not isinstance(header, dict):
             raise ValueError("its header is no mapping")
-        if texts.get("sha256") not in (None, _digest(names, texts["header"], data)):
+        first = "format" not in header  # which told neither format nor, at first, a digest
+        written, version = header.pop("format", 1), header.pop("gudlib", "")
+        right = _digest(names, texts["header"], data)
+        if written <= FORMAT and texts.get("sha256", right if first else "") != right:
             raise ValueError("it is not as it was written: its digest is another one")
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a complete gudlib checkpoint: {error}") from error
+    if written > FORMAT:
+        raise ValueError(f"{path} was written by gudlib {version}, this is {__version__}: upgrade")
     return tensors, header

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gudlib import checks
+from gudlib.doors import door, inner
 from gudlib.process import Process
 
 BINS = 32  # of the histogram
@@ -24,12 +26,16 @@ class Proposal:
         c: variances of the white data, (c, h, w).
     """
 
+    @door
     def __init__(self, process: Process, c: Float[Tensor, "c h w"]) -> None:
+        if tuple(c.shape) != process.schedule.shape or process.schedule.batch:
+            raise ValueError(f"c must have the shape of one schedule's components; got {checks.what(c)}")
         edges = [torch.linspace(0, 1, 1025, dtype=torch.float64), process.schedule.kinks.cpu()]
         self.t = torch.cat(edges).unique().to(c.device)
         self.cumulative = _cumulative(process, c, self.t)
-        self.quantiles, self.squares = c.new_empty(0).double(), c.new_empty(0).double()
+        self.quantiles, self.squares, self._asked = (c.new_empty(0).double() for _ in range(3))
 
+    @inner
     def times(self, u: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """Times for uniform `u`, and the proposal's density there."""
         self._asked, learnt = self._quantiles(u)
@@ -37,8 +43,15 @@ class Proposal:
         self._known = (self.cumulative.diff() / self.t.diff())[k]
         return self.t[k] + (self._asked - self.cumulative[k]) / self._known, self._known * learnt
 
+    @inner
     def learn(self, integrand: Float[Tensor, " n"]) -> None:
-        """Take into account the integrand at the times given last."""
+        """Take into account the integrand at the times given last.
+
+        Raises:
+            ValueError: for another number of them.
+        """
+        if integrand.shape != self._asked.shape:
+            raise ValueError(f"integrand must be at the {len(self._asked)} times given last; got {len(integrand)}")
         self.quantiles = torch.cat([self.quantiles, self._asked])
         self.squares = torch.cat([self.squares, (integrand / self._known).square()])
 
@@ -54,7 +67,7 @@ class Proposal:
         density = 0.9 * size / size.mean() + 0.1  # never so small that one image outweighs all
         edges = torch.cat([density.new_zeros(1), density.cumsum(0) / BINS])
         edges[-1] = 1 + 1e-12
-        k = torch.searchsorted(edges, u, right=True) - 1
+        k = (torch.searchsorted(edges, u, right=True) - 1).clamp(0, BINS - 1)
         return (k + (u - edges[k]) * BINS / density[k]) / BINS, density[k]
 
 

@@ -38,6 +38,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gudlib import checks
+from gudlib.doors import door, inner
 
 Fields = Float[Tensor, "*n size size"]
 Coarse = Float[Tensor, "*n coarse coarse"]
@@ -48,17 +49,21 @@ Propagator = Callable[[Momenta], Float[Tensor, "*k"]]
 T_C = 2 / math.log(1 + math.sqrt(2))  # where the infinite Ising model is critical
 
 
+@door
 def momenta(size: int) -> Float[Tensor, "2 size size"]:
     """k = (k_y, k_x) of every wave, radians per lattice spacing within [-pi, pi), in the order of the FFT."""
+    size = checks.whole("size", size)
     k = 2 * math.pi * torch.fft.fftfreq(size, dtype=torch.float64)
     return torch.stack(torch.meshgrid(k, k, indexing="ij"))
 
 
+@inner
 def khat2(k: Momenta) -> Float[Tensor, "*k"]:
     """The lattice's k^2, khat^2 = 4 sum_mu sin^2(k_mu / 2): the eigenvalues of minus its Laplacian."""
     return 4 * (k / 2).sin().square().sum(0)
 
 
+@door
 def free(mass2: float) -> Propagator:
     """G(k) = 1 / (khat^2 + m^2) of the free field, with correlation length 1 / m.
 
@@ -70,6 +75,7 @@ def free(mass2: float) -> Propagator:
     return lambda k: 1 / (khat2(k) + mass2)
 
 
+@door
 def gaussian_field(n: int, size: int, propagator: Propagator, generator: torch.Generator) -> Fields:
     """`n` independent Gaussian fields (n, size, size) of any propagator, float64, exact.
 
@@ -97,18 +103,21 @@ class MarkovChains:
     acceptance: float
 
 
+@inner
 def action(phi: Fields, mass2: float, coupling: float) -> Float[Tensor, "*n"]:
     """S of each field: free for coupling lambda = 0, phi^4 otherwise."""
     gradient = (phi.roll(-1, -1) - phi).square() + (phi.roll(-1, -2) - phi).square()
     return (0.5 * gradient + 0.5 * mass2 * phi**2 + coupling * phi**4).sum((-1, -2))
 
 
+@inner
 def force(phi: Fields, mass2: float, coupling: float) -> Fields:
     """-dS/dphi."""
     neighbours = phi.roll(1, -1) + phi.roll(-1, -1) + phi.roll(1, -2) + phi.roll(-1, -2)
     return neighbours - (4 + mass2 + 4 * coupling * phi**2) * phi
 
 
+@inner
 def leapfrog(
     phi: Fields, momentum: Fields, step: float, steps: int, mass2: float, coupling: float
 ) -> tuple[Fields, Fields]:
@@ -120,6 +129,7 @@ def leapfrog(
     return phi, momentum
 
 
+@inner
 def hmc_update(
     phi: Fields, momentum: Fields, uniform: Float[Tensor, "*n"], step: float, steps: int, mass2: float, coupling: float
 ) -> tuple[Fields, Bool[Tensor, "*n"]]:
@@ -139,6 +149,7 @@ def hmc_update(
     return torch.where(accepted[..., None, None], proposed, phi), accepted
 
 
+@door
 def phi4(
     size: int, chains: int, draws: int, generator: torch.Generator, *, mass2: float, coupling: float,
     step: float = 0.15, steps: int = 10, every: int = 1, thermalise: int = 100, progress: bool = True,
@@ -180,6 +191,7 @@ def phi4(
     return MarkovChains(made.fields.float(), made.acceptance)
 
 
+@inner
 def clusters(bonds: Bool[Tensor, "n 2 size size"]) -> Int64[Tensor, "n size size"]:
     """Connected sites: each gets the smallest number of its cluster, sites being counted through all n lattices.
 
@@ -202,19 +214,27 @@ def clusters(bonds: Bool[Tensor, "n 2 size size"]) -> Int64[Tensor, "n size size
     return label.view(n, size, size)
 
 
-def swendsen_wang(spins: Spins, uniforms: Float[Tensor, "n 2 size size"], coins: Spins, temperature: float) -> Spins:
+@inner
+def swendsen_wang(
+    spins: Int8[Tensor, "n size size"],
+    uniforms: Float[Tensor, "n 2 size size"],
+    coins: Int8[Tensor, "n size size"],
+    temperature: float,
+) -> Int8[Tensor, "n size size"]:
     """One cluster update: bonds join equal neighbours with probability 1 - exp(-2/T), each cluster gets a new spin.
 
     Arguments:
         spins: current +-1, (n, size, size).
         uniforms: on [0, 1), for the bonds to the right and down.
         coins: fair +-1; a cluster takes that of its first site.
-        temperature: T.
+        temperature: T > 0.
     """
+    checks.real("temperature", temperature, above=0)
     equal = torch.stack([spins == spins.roll(-1, 2), spins == spins.roll(-1, 1)], 1)
     return coins.flatten()[clusters(equal & (uniforms < -math.expm1(-2 / temperature)))]
 
 
+@door
 def ising(
     size: int, chains: int, draws: int, generator: torch.Generator, *, temperature: float,
     every: int = 1, thermalise: int = 100, progress: bool = True,
@@ -251,14 +271,17 @@ def _run(
 # Exact results for the Ising model
 
 
+@door
 def ising_energy(spins: Spins) -> Float[Tensor, "*n"]:
     """Energy per site, the mean of -s_x (s_right + s_below): -2 if all are aligned, 0 at infinite temperature."""
     s = spins.float()
     return -(s * (s.roll(-1, -1) + s.roll(-1, -2))).mean((-1, -2))
 
 
+@door
 def onsager_energy(temperature: float) -> float:
     """Energy per site of the infinite Ising model (Onsager), -coth(2/T) [1 + 2/pi (2 tanh^2(2/T) - 1) K_1]."""
+    checks.real("temperature", temperature, above=0)
     sinh, cosh = math.sinh(2 / temperature), math.cosh(2 / temperature)
     x, y = 1.0, max(abs(1 - sinh**2) / cosh**2, 1e-300)
     while x - y > 1e-15 * x:  # K_1 = pi / 2 agm(1, sqrt(1 - kappa^2)), the arithmetic-geometric mean
@@ -266,16 +289,20 @@ def onsager_energy(temperature: float) -> float:
     return -cosh / sinh * (1 + (2 * (sinh / cosh) ** 2 - 1) / x)
 
 
+@door
 def yang_magnetisation(temperature: float) -> float:
     """|m| of the infinite Ising model (Yang): (1 - sinh(2/T)^-4)^(1/8) below T_c, zero above."""
+    checks.real("temperature", temperature, above=0)
     return max(1 - math.sinh(2 / temperature) ** -4, 0.0) ** 0.125
 
 
+@door
 def kaufman_energy(temperature: float, size: int) -> float:
     """Energy per site of the Ising model on the periodic size x size lattice (Kaufman), at any temperature.
 
     log Z is differentiated automatically; x are the L gamma_r / 2 of her products, x0 the one that changes sign at T_c.
     """
+    size, _ = checks.whole("size", size), checks.real("temperature", temperature, above=0)
     K = torch.tensor(1 / temperature, dtype=torch.float64, requires_grad=True)
     r = torch.arange(1, 2 * size, dtype=torch.float64)
     x = size / 2 * (torch.cosh(2 * K) / torch.tanh(2 * K) - torch.cos(math.pi * r / size)).acosh()
@@ -290,6 +317,7 @@ def kaufman_energy(temperature: float, size: int) -> float:
 # Coarse graining
 
 
+@door
 def block(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
     """b^Delta times the averages over blocks of b x b sites, (*n, size / b, size / b).
 
@@ -301,12 +329,14 @@ def block(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
     return factor**delta * fields.unflatten(-1, (size, factor)).unflatten(-3, (size, factor)).mean((-1, -3))
 
 
+@door
 def majority(spins: Spins, factor: int, generator: torch.Generator) -> Int8[Tensor, "*n coarse coarse"]:
     """Block spins: what most spins of a block of b x b say; where they are divided, a fair coin."""
     total = block(spins.float(), factor)
     return torch.where(total == 0, _coins(total.shape, generator), total.sign().to(torch.int8))
 
 
+@door
 def shell(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
     """b^Delta times the long waves of each field, on the lattice of size / b on which they still fit.
 
@@ -324,6 +354,7 @@ def shell(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
     return factor ** (delta - 1) * torch.fft.ifft2(waves, norm="ortho").real
 
 
+@door
 def blocked(propagator: Propagator, factor: int, delta: float = 0.0) -> Propagator:
     """The propagator of block averages of fields that have `propagator`, on any lattice."""
 
@@ -338,6 +369,7 @@ def blocked(propagator: Propagator, factor: int, delta: float = 0.0) -> Propagat
     return coarse
 
 
+@door
 def shelled(propagator: Propagator, factor: int, delta: float = 0.0) -> Propagator:
     """The propagator of the long waves (`shell`) of fields that have `propagator`."""
 
@@ -348,6 +380,7 @@ def shelled(propagator: Propagator, factor: int, delta: float = 0.0) -> Propagat
     return coarse
 
 
+@door
 def couplings(propagator: Propagator) -> Float[Tensor, "3"]:
     """(r, Z, u) of the Gaussian action 1/G = r + Z k^2 + u k^4 + ... along an axis, by automatic differentiation."""
 
@@ -363,6 +396,7 @@ def couplings(propagator: Propagator) -> Float[Tensor, "3"]:
 # Observables and their errors
 
 
+@door
 def power(fields: Tensor) -> Fields:
     """|F(k)|^2 of each field, whose mean is the propagator, or structure factor.
 
@@ -374,20 +408,26 @@ def power(fields: Tensor) -> Fields:
     return checks.finite("fields, squared,", waves.abs().square())
 
 
+@door
 def correlation(spectrum: Fields) -> Fields:
     """C(r) = E[phi(x) phi(x + r)] averaged over x, from a mean power spectrum (Wiener and Khinchin)."""
-    return torch.fft.ifft2(spectrum).real
+    return torch.fft.ifft2(checks.single(spectrum)).real
 
 
+@door
 def correlation_length(spectrum: Fields) -> Float[Tensor, "*n"]:
     """The second-moment correlation length sqrt(P(0) / P(k_1) - 1) / 2 sin(pi / L) of a mean power spectrum.
 
     k_1 is the longest wave, along either axis. For a free field this is 1 / m, exactly, on any lattice.
     """
+    if spectrum.shape[-1] < 2:
+        raise ValueError(f"spectrum must have waves; got {checks.what(spectrum)}")
     first = 0.5 * (spectrum[..., 0, 1] + spectrum[..., 1, 0])
+    checks.positive("spectrum of the longest wave", first)
     return (spectrum[..., 0, 0] / first - 1).clamp(min=0).sqrt() / (2 * math.sin(math.pi / spectrum.shape[-1]))
 
 
+@door
 def radial(values: Fields, bins: int) -> tuple[Float[Tensor, " bins"], Float[Tensor, "*n bins"]]:
     """Mean |k| and mean of `values` over rings of equal width in 0 < |k| <= pi.
 
@@ -404,15 +444,21 @@ def radial(values: Fields, bins: int) -> tuple[Float[Tensor, " bins"], Float[Ten
     return k[inside] @ weight, values.flatten(-2)[..., inside].double() @ weight
 
 
+@door
 def autocorrelation_time(series: Float[Tensor, "draws chains"], window: float = 5.0) -> float:
     """tau = 1/2 + sum_t rho(t), in draws, up to the first lag of at least `window` tau (Madras and Sokal)."""
     off = series.double() - series.double().mean()
+    if not bool(off.any()):
+        raise ValueError(
+            f"series must change from draw to draw; got {checks.what(series)}, all {series.flatten()[0]:g}"
+        )
     covariance = torch.stack([(off[: len(off) - t] * off[t:]).mean() for t in range(len(off))])
     tau = (covariance / covariance[0]).cumsum(0) - 0.5
     enough = (torch.arange(len(off), device=off.device) >= window * tau).nonzero().flatten().tolist()
     return max(float(tau[enough[0] if enough else -1]), 0.5)
 
 
+@door
 def standard_error(series: Float[Tensor, "draws chains"]) -> float:
     """Of the mean of all draws of all chains: sqrt(2 tau variance / (draws * chains))."""
     return math.sqrt(2 * autocorrelation_time(series) * float(series.double().var()) / series.numel())

@@ -30,6 +30,7 @@ from torchdiffeq import odeint
 
 from gudlib import checks
 from gudlib.data import scale, to_uint8
+from gudlib.doors import door, inner
 from gudlib.exact import gaussian_eps
 from gudlib.families import Draw
 from gudlib.importance import Proposal
@@ -40,6 +41,7 @@ GREY_LEVEL = 1 / 128  # what dequantisation spreads a grey level over, in units 
 EXACT_TRACE = 64  # components up to which the divergence is exact
 
 
+@door
 def bits_per_dim(nats: Tensor | float, dims: int, width: float = GREY_LEVEL) -> Tensor | float:
     """Bits per dimension of `nats` per image: nats / (dims log 2) - log2(width).
 
@@ -48,8 +50,12 @@ def bits_per_dim(nats: Tensor | float, dims: int, width: float = GREY_LEVEL) -> 
         dims: numbers in an image, c h w.
         width: of the bins into which the data are sorted, in data units. A density of uniformly dequantised 8-bit data
             in [-1, 1) has 1/128, which adds 7; a probability of discrete data has 1, which adds nothing.
+
+    Raises:
+        ValueError: for dims below 1, or a width that is not above 0.
     """
-    return nats / (dims * math.log(2)) - math.log2(width)
+    checks.whole("dims", dims)
+    return nats / (dims * math.log(2)) - math.log2(checks.real("width", width, above=0))
 
 
 @dataclass(frozen=True)
@@ -108,19 +114,22 @@ class Normal:
 
     width = GREY_LEVEL
 
+    @door
     def __init__(self, process: Process) -> None:
-        self.c = _variance(process)
+        self.c, self.shape = _variance(process), process.shape
         self.gamma = process.schedule.gamma(0.0).to(self.c)
         self.ratio = self.gamma.exp() / self.c
         self.constant = math.log(2 * math.pi) + self.gamma - self.ratio.log1p()  # log 2 pi v
         self.log_volume = float(process.prior.log_volume)
 
+    @inner
     def __call__(self, model: Model, white: Batch, eps: Batch) -> Float[Tensor, " b"]:
         """NLL of white data (b, c, h, w) if `eps` is the noise at t = 0."""
         gamma = self.gamma.to(white)[None]
         square = (eps - model(diffuse(white, gamma, eps), gamma)).square()
         return 0.5 * (self.constant.to(white) + square * (1 + self.ratio.to(white))).flatten(1).sum(1)
 
+    @inner
     def expected(self, white: Batch) -> Float[Tensor, " b"]:
         """The average of that over eps, if the model is the best denoiser of independent normals of variance c."""
         ratio = self.ratio.to(white)
@@ -140,8 +149,9 @@ class Discrete:
 
     width, log_volume = 1.0, 0.0
 
+    @door
     def __init__(self, process: Process) -> None:
-        self.process, scales = process, process.prior.scale.double()
+        self.process, self.shape, scales = process, process.shape, process.prior.scale.double()
         self.gamma = process.schedule.gamma(0.0).to(scales)
         pixel = self.gamma + 2 * scales.log()
         low, high = float(pixel.min()), float(pixel.max())
@@ -152,6 +162,7 @@ class Discrete:
             )
         self.floor = low
 
+    @inner
     def __call__(self, model: Model, white: Batch, eps: Batch) -> Float[Tensor, " b"]:
         """NLL of white data (b, c, h, w) if `eps` is the noise at t = 0; it does not depend on the model."""
         noised = self.process.data(white + (0.5 * self.gamma).exp().to(white) * eps)
@@ -168,6 +179,7 @@ DECODERS = {"normal": Normal, "discrete": Discrete}
 
 
 @torch.no_grad()
+@door
 def bound(
     model: Model,
     process: Process,
@@ -209,7 +221,6 @@ def bound(
     if schedules and steps is not None:
         raise ValueError(f"steps must be None along schedules for each image; got {steps}")
     white = _checked(process, data, decoder, draws=draws, chunk=chunk, steps=1 if steps is None else steps)
-    draws, chunk = int(draws), int(chunk)  # of numpy, perhaps
     decode, c, n = DECODERS[decoder](process), _variance(process).to(white), len(white)
     groups = torch.zeros(process.schedule.shape, dtype=torch.long) if groups is None else groups
     member = torch.nn.functional.one_hot(groups.flatten()).to(white)  # (components, groups)
@@ -256,6 +267,7 @@ def bound(
     )
 
 
+@door
 def flow(
     model: Model,
     process: Process,
@@ -288,7 +300,6 @@ def flow(
     """
     tolerance = checks.real("tolerance", tolerance, above=0)
     white = _checked(process, data, decoder, draws=draws, chunk=chunk)
-    draws, chunk = int(draws), int(chunk)  # of numpy, perhaps
     decode, gamma = DECODERS[decoder](process), process.schedule.gamma(0.0).to(white)
     prior, diffusion, reconstruction, nfe = [], [], [], []
     for j, x in enumerate(white.split(chunk) * draws):

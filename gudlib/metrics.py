@@ -24,6 +24,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from gudlib import checks
 from gudlib.data import to_uint8
+from gudlib.doors import door, inner
 from gudlib.files import CHECKPOINTS, IN_REPOSITORY, read_tensors, with_repository
 
 Images = Float[Tensor, "n c h w"]
@@ -52,6 +53,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.num_features, 10)
         self.float()  # whatever torch's default is
 
+    @inner
     def forward(self, images: Images) -> Float[Tensor, "n 128"]:
         """Features of images."""
         x = images.float().mean(1, keepdim=True)
@@ -80,11 +82,13 @@ class Inception(nn.Module):
                 "`fashion` comes with the companion"
             ) from error
 
+    @inner
     def forward(self, images: Images) -> Float[Tensor, "n 2048"]:
         """Features of images, grey ones as three equal colours."""
         return self.body(to_uint8(images).expand(-1, 3, -1, -1))
 
 
+@door
 def features(name: str = "fashion") -> nn.Module:
     """A frozen feature extractor, `fashion` or `inception`, with the attributes `name` and `num_features`.
 
@@ -92,10 +96,9 @@ def features(name: str = "fashion") -> nn.Module:
         ValueError: for another name.
         RuntimeError: if Inception cannot be had, or `fashion` outside the repository.
     """
+    checks.one_of("name", name, ("fashion", "inception"))
     if name == "inception":
         return Inception().eval().requires_grad_(False)
-    if name != "fashion":
-        raise ValueError(f"features must be fashion or inception; got {name!r}")
     if not IN_REPOSITORY:
         raise RuntimeError(with_repository("the classifier of `fashion`", "an extractor of your own"))
     classifier = Classifier()
@@ -104,6 +107,7 @@ def features(name: str = "fashion") -> nn.Module:
 
 
 @torch.no_grad()
+@door
 def embed(images: Images, extractor: nn.Module, chunk: int = 256) -> Float[Tensor, "n d"]:
     """Features of all images, `chunk` at a time, found on the extractor's device and given on the images'.
 
@@ -129,6 +133,7 @@ class Distance:
     what: str
 
 
+@door
 def frechet(real: Images, generated: Others, extractor: nn.Module, chunk: int = 256) -> Distance:
     """Frechet distance of features. It is biased upwards for few images: compare equal numbers only.
 
@@ -155,6 +160,7 @@ class Coverage:
     recall: float
 
 
+@door
 def coverage(real: Images, generated: Others, extractor: nn.Module, k: int = 3) -> Coverage:
     """Precision and recall: an image counts if it lies within the k-th-neighbour distance of one of the other set.
 
@@ -171,6 +177,7 @@ def coverage(real: Images, generated: Others, extractor: nn.Module, k: int = 3) 
     return Coverage(float(inside_real.double().mean()), float(inside_generated.double().mean()))
 
 
+@door
 def memorised(generated: Images, training: Others, held_out: Float[Tensor, "k c h w"], share: float = 0.01) -> float:
     """Share of generated images that lie closer to a training image than all but `share` of held-out images do.
 
@@ -188,6 +195,7 @@ def memorised(generated: Images, training: Others, held_out: Float[Tensor, "k c 
     return float((near < usual.quantile(share)).double().mean())
 
 
+@door
 def spectrum_error(real: Images, generated: Others) -> float:
     """Root mean square of log10 of the ratio of power, over rings of one wave per picture in wavenumber.
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from gudlib import checks, denoiser, designs, devices, families, likelihood, networks, references, samplers, windows
 from gudlib.data import dequantise, scale, to_uint8
 from gudlib.denoiser import Denoiser
+from gudlib.doors import door
 from gudlib.families import Derived, Family, Known, Permutations, Range, Sequential
 from gudlib.process import Process
 from gudlib.references import GroupedGaussian, Histograms, IndependentGaussian, LatticeGaussian, PatchHistograms
@@ -49,6 +50,7 @@ class GUD:
         card: anything worth knowing about the model, JSON values, kept in its file.
     """
 
+    @door
     def __init__(
         self,
         denoiser: Denoiser,
@@ -61,6 +63,7 @@ class GUD:
         self.recommended = recommended or (family.default if family else {})
 
     @classmethod
+    @door
     def fit(
         cls,
         images: Pictures,
@@ -171,6 +174,7 @@ class GUD:
         return model
 
     @classmethod
+    @door
     def load(cls, path: str | Path, device: str | torch.device | None = None) -> "GUD":
         """The model of a file written by `save` (or `denoiser.save`), ready to sample.
 
@@ -185,6 +189,7 @@ class GUD:
             model = cls(built, family, header.get("recommended"), header["card"])
         return model.to(device or devices.default())
 
+    @door
     def save(self, path: str | Path, half: bool = False) -> None:
         """Write the model to one safetensors file, whole or not at all.
 
@@ -196,6 +201,7 @@ class GUD:
         family = self.family.spec if self.family else None
         denoiser.save(self.denoiser, path, half, self.card, family=family, recommended=self.recommended)
 
+    @door
     def train_steps(
         self,
         steps: int = 1000,
@@ -237,6 +243,7 @@ class GUD:
         self.denoiser = trainer.averaged()
         return self._run(trainer, progress)
 
+    @door
     def sample(
         self,
         n: int,
@@ -281,6 +288,7 @@ class GUD:
             drawn.append(to_uint8(self._draw(process, len(part), sizes).data).cpu())
         return torch.cat(drawn)
 
+    @door
     def inpaint(
         self,
         images: Pictures,
@@ -318,6 +326,7 @@ class GUD:
         filled = samplers.inpaint(self.denoiser, process, scale(images), mask, **sizes).data
         return torch.where(mask, images, to_uint8(filled)).cpu()
 
+    @door
     def extend(
         self,
         images: Pictures,
@@ -361,6 +370,7 @@ class GUD:
         shown = tqdm(islice(growing, columns), total=columns, desc="columns", disable=not progress)
         return torch.cat([images.cpu(), *(to_uint8(column).cpu() for column in shown)], dim=-1)
 
+    @door
     def likelihood(
         self,
         images: Pictures,
@@ -393,10 +403,12 @@ class GUD:
             options["schedules"] = lambda n, generator: self.process(a, b, self._orders(None, n, generator)).schedule
         return likelihood.bound(self.denoiser, self.process(a, b, order), data, draws, seed, **options)
 
+    @door
     def nll(self, images: Pictures, a: float | None = None, **options: Any) -> Float[Tensor, " n"]:
         """Negative log-likelihood of each image in nats, an upper bound; as `likelihood`."""
         return self.likelihood(images, a, **options).nats.mean(0)
 
+    @door
     def bits_per_dim(self, images: Pictures, a: float | None = None, **options: Any) -> float:
         """The mean of that in bits per dimension, pixels times colours: smaller is better; as `likelihood`.
 
@@ -404,6 +416,7 @@ class GUD:
         """
         return self.likelihood(images, a, **options).bits
 
+    @door
     def process(
         self,
         a: PerImage | None = None,
@@ -432,6 +445,7 @@ class GUD:
         """
         return isinstance(_innermost(self._family()), Sequential)
 
+    @door
     def choose_finest(
         self, images: Pictures, candidates: Sequence[float] | None = None, draws: int = 2, **member: Any
     ) -> dict[float, float]:
@@ -477,6 +491,7 @@ class GUD:
         spec = families.stopping_at(family.spec, level / 127.5)
         return families.rebuild(spec, self.denoiser.basis, self.denoiser.prior).to(self.device)
 
+    @door
     def to(self, device: str | torch.device) -> "GUD":
         """The same model, moved to a device."""
         self.denoiser.to(device)

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gudlib import checks
+from gudlib.doors import door, inner
 
 KINDS = ("unet", "transformer")
 CONDITIONINGS = ("film", "attention", "map", "local")
@@ -49,6 +50,7 @@ EMBEDDED = ("film", "local")  # those with an embedding of the noise levels in e
 OCTAVES = range(2, 8)  # of the waves: from one grey level to the next, 1/128 away, 2^7 pi y grows by pi
 
 
+@inner
 def energies(
     inverse: Callable[[Tensor], Tensor], shape: tuple[int, int, int], patch: int
 ) -> Float[Tensor, "n rows columns"]:
@@ -58,7 +60,13 @@ def energies(
         inverse: images U^T chi of components chi, both (batch, c, h, w); linear.
         shape: (c, h, w), of n = c h w components.
         patch: side of the patches, which divides h and w.
+
+    Raises:
+        ValueError: if it does not.
     """
+    patch = checks.whole("patch", patch)
+    if shape[1] % patch or shape[2] % patch:
+        raise ValueError(f"patch must divide height and width; got {patch} for {shape}")
     n = shape[0] * shape[1] * shape[2]
     units = (functional.one_hot(part, n).float().unflatten(1, shape) for part in torch.arange(n).split(256))
     return torch.cat([functional.avg_pool2d(inverse(unit).square().sum(1), patch) for unit in units])
@@ -78,12 +86,18 @@ class GammaGroups(nn.Module):
 
     reach = 12.0
 
+    @door
     def __init__(self, groups: Int[Tensor, "c h w"], energy: Float[Tensor, "n rows columns"] | None = None) -> None:
         super().__init__()
+        if not 0 <= int(groups.min()) <= int(groups.max()) < groups.numel():
+            raise ValueError(
+                f"groups must be numbered from 0, at most one for each component; got {groups.min()} to {groups.max()}"
+            )
         self.groups: Tensor
         self.pool: Tensor
         self.frequencies: Tensor
         self.share: Tensor | None
+        self.shape = tuple(groups.shape)
         self.register_buffer("groups", groups)
         member = functional.one_hot(groups.flatten()).float()
         self.register_buffer("pool", member / member.sum(0), persistent=False)
@@ -93,9 +107,10 @@ class GammaGroups(nn.Module):
             energy = (energy / torch.einsum("ng,nyx->gyx", member.double(), energy)[groups.flatten()]).float()
         self.register_buffer("share", energy, persistent=False)
 
+    @inner
     def forward(self, gamma: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *place g 9"]:
         """The mean level of each group, and its sine and cosine at four frequencies; `place` is (rows, columns)."""
-        gamma = gamma.clamp(-self.reach, self.reach).flatten(1)
+        gamma = gamma.to(self.pool.dtype).clamp(-self.reach, self.reach).flatten(1)
         if self.share is None:
             mean = gamma @ self.pool
         else:
@@ -199,6 +214,7 @@ class UNet(nn.Module):
             without `inverse`, or for a linear path without an embedding to gate it (`film`, `local`).
     """
 
+    @door
     def __init__(
         self,
         shape: tuple[int, int, int],
@@ -293,6 +309,7 @@ class UNet(nn.Module):
         self.float()  # whatever torch's default is
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 15 % faster on a CPU
 
+    @inner
     def forward(
         self, images: Float[Tensor, "b inputs h w"], gamma: Float[Tensor, "b c h w"]
     ) -> Float[Tensor, "b c h w"]:
@@ -379,6 +396,7 @@ class Transformer(nn.Module):
 
     fourier = maps = True
 
+    @door
     def __init__(
         self,
         shape: tuple[int, int, int],
@@ -427,6 +445,7 @@ class Transformer(nn.Module):
             nn.init.zeros_(layer.bias)
         self.float()  # whatever torch's default is
 
+    @inner
     def forward(
         self, images: Float[Tensor, "b inputs h w"], gamma: Float[Tensor, "b c h w"]
     ) -> Float[Tensor, "b c h w"]:
@@ -443,12 +462,14 @@ class Transformer(nn.Module):
         rows = images.shape[-2] // self.patch
         return functional.pixel_shuffle(answer.mT.unflatten(2, (rows, -1)), self.patch)
 
+    @inner
     def states(self, gamma: Float[Tensor, "*b k d"]) -> tuple[Bool[Tensor, "*b k"], Bool[Tensor, "*b k"]]:
         """Which patches are finished, and which wait, by the noise levels of their pixels; for block-causal ones."""
         assert self.between is not None
         low, high = self.between
         return gamma.amax(-1) <= low + SLACK, gamma.amin(-1) >= high - SLACK
 
+    @inner
     def window(
         self,
         images: Float[Tensor, "b k inputs p p"],
@@ -493,6 +514,7 @@ class Transformer(nn.Module):
         return self.head(_plain_norm(x) * (1 + scale) + shift)
 
 
+@inner
 def visible(finished: Bool[Tensor, "*b k"], waiting: Bool[Tensor, "*b k"]) -> Bool[Tensor, "*b k k"]:
     """Who sees whom in block-causal attention, [..., i, j]: whether patch i sees patch j. Everyone sees itself.
 
@@ -512,6 +534,7 @@ def visible(finished: Bool[Tensor, "*b k"], waiting: Bool[Tensor, "*b k"]) -> Bo
 
 def _seen(network: UNet | Transformer, images: Tensor, gamma: Tensor) -> Tensor:
     """All that the blocks of a network see, at full resolution."""
+    images = images.to(network.levels.pool.dtype)
     seen = [images]
     if network.fourier:
         phase = (images[:, -network.channels :, None] * network.octaves[:, None, None]).flatten(1, 2)

@@ -5,7 +5,8 @@ light.
 """
 
 import html
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 
 import matplotlib.pyplot as plt
@@ -19,9 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from gudlib import checks
 from gudlib.bases import Basis
+from gudlib.doors import door
 from gudlib.process import Process
 from gudlib.schedules import Schedule
 
@@ -52,10 +55,9 @@ def use_style() -> None:
     )
 
 
+@door
 def image(ax: Axes, picture: Float[Tensor, "c h w"], title: str = "", limits: tuple[float, float] = (-1, 1)) -> Axes:
     """Draw one image, grey or RGB, without axes; `limits` are the values shown as black and white."""
-    if not isinstance(picture, Tensor) or picture.ndim != 3 or not picture.is_floating_point():
-        raise ValueError(f"picture must be data of shape (c, h, w); got {checks.what(picture)}")
     shown = ((picture.detach().cpu().float() - limits[0]) / (limits[1] - limits[0])).clamp(0, 1)
     ax.imshow(shown.permute(1, 2, 0).numpy() if len(shown) == 3 else shown[0].numpy(), cmap="gray", vmin=0, vmax=1)
     ax.set_title(title, fontsize="small")
@@ -65,6 +67,7 @@ def image(ax: Axes, picture: Float[Tensor, "c h w"], title: str = "", limits: tu
     return ax
 
 
+@door
 def image_rows(
     rows: Sequence[Float[Tensor, "n c h w"]],
     labels: Sequence[str],
@@ -81,6 +84,8 @@ def image_rows(
         limits: values shown as black and white; None scales every image to its own largest magnitude.
         size: of one image, inches.
     """
+    if not len(rows) or len(rows) != len(labels):
+        raise ValueError(f"rows must be at least one, with a label each; got {len(rows)} rows and {len(labels)} labels")
     columns = max(len(row) for row in rows)
     _, axes = plt.subplots(
         len(rows), columns, figsize=(size * columns + 1.3, size * len(rows) + 0.3), squeeze=False,
@@ -97,9 +102,11 @@ def image_rows(
     return list(axes.flat)
 
 
+@door
 def sample_grid(pictures: Float[Tensor, "n c h w"], columns: int = 8, title: str = "", size: float = 0.8) -> Axes:
     """All images as one mosaic with thin gaps, `columns` to a row."""
     n, c, h, w = checks.data("pictures", pictures).shape
+    columns, size = checks.whole("columns", columns), checks.real("size", size, above=0)
     rows = -(-n // columns)
     sheet = torch.ones(c, rows * (h + 1) - 1, columns * (w + 1) - 1)
     for k, picture in enumerate(pictures.detach().cpu().clamp(-1, 1)):
@@ -109,6 +116,7 @@ def sample_grid(pictures: Float[Tensor, "n c h w"], columns: int = 8, title: str
     return image(ax, sheet, title)
 
 
+@door
 def forward_strip(
     process: Process, picture: Float[Tensor, "c h w"], times: Sequence[float], noise: Float[Tensor, "c h w"]
 ) -> Float[Tensor, "t c h w"]:
@@ -125,6 +133,7 @@ def forward_strip(
     return process.data(process.schedule.alpha(t) * white + process.schedule.sigma(t) * noise.to(picture))
 
 
+@door
 def snr_fan(ax: Axes, schedule: Schedule, label: Float[Tensor, "c h w"], name: str = "", lines: int = 9) -> Axes:
     """log SNR of unit-variance components along t, from dark (lowest label) to light (highest).
 
@@ -135,6 +144,7 @@ def snr_fan(ax: Axes, schedule: Schedule, label: Float[Tensor, "c h w"], name: s
         name: of the label, with its unit, for the colour bar; no bar without it.
         lines: how many components to draw, at evenly spread labels.
     """
+    lines = checks.whole("lines", lines)
     t = torch.linspace(0, 1, 201, dtype=torch.float64)
     log_snr = -schedule.gamma(t).flatten(1)
     low, high = float(label.min()), float(label.max())
@@ -149,15 +159,20 @@ def snr_fan(ax: Axes, schedule: Schedule, label: Float[Tensor, "c h w"], name: s
     return ax
 
 
+@door
 def atoms(basis: Basis, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
     """The images of single components: rows of U, by their place in the flattened (c, h, w) array."""
-    units = torch.zeros(len(indices), *basis.shape)
-    units.view(len(indices), -1)[range(len(indices)), list(indices)] = 1
-    return basis.inverse(units)
+    count = math.prod(basis.shape)
+    places = [checks.whole("indices", index, 0, count - 1) for index in indices]
+    if not places:
+        raise ValueError("indices must be at least one; got none")
+    return basis.inverse(one_hot(torch.tensor(places), count).float().view(-1, *basis.shape))
 
 
+@door
 def matrix(ax: Axes, values: Float[Tensor, "n m"], title: str = "", limits: tuple[float, float] = (0, 1)) -> Axes:
     """Draw a small matrix with its numbers written in, rows and columns counted from 1."""
+    values = checks.single(values.detach().cpu())
     ax.imshow(values, vmin=limits[0], vmax=limits[1])
     for i, row in enumerate(values.tolist()):
         for j, value in enumerate(row):
@@ -168,8 +183,10 @@ def matrix(ax: Axes, values: Float[Tensor, "n m"], title: str = "", limits: tupl
     return ax
 
 
+@door
 def trails(ax: Axes, states: Float[Tensor, "k n 2"]) -> LineCollection:
     """Draw n trajectories in the plane, each from dark to light along its own length, with a dot where it ends."""
+    states = checks.single(states.detach().cpu())
     steps = torch.stack([states[:-1], states[1:]], dim=2)  # (k - 1, n, 2 ends, 2)
     travelled = steps.diff(dim=2).norm(dim=-1)[..., 0].cumsum(0)
     shade = 0.9 * travelled / travelled[-1]
@@ -180,13 +197,16 @@ def trails(ax: Axes, states: Float[Tensor, "k n 2"]) -> LineCollection:
     return lines
 
 
-def describe(axes: Axes | Sequence[Axes]) -> None:
+@door
+def describe(axes: Axes | Iterable[Axes]) -> None:
     """Say what figures show: title, axis labels and for each line its length, first, last, smallest, largest value.
 
     The comparison of notebook outputs does not see pictures; it sees this, which a page shows folded.
     """
     told = []
     for ax in [axes] if isinstance(axes, Axes) else axes:
+        if not isinstance(ax, Axes):
+            raise ValueError(f"axes must be of matplotlib; got {ax!r}")
         if not (ax.lines or ax.images):
             continue
         told.append(f"{ax.get_title() or 'untitled'} | x: {ax.get_xlabel() or '-'} | y: {ax.get_ylabel() or '-'}")
@@ -198,7 +218,8 @@ def describe(axes: Axes | Sequence[Axes]) -> None:
             told.append(f"  {shown}: n={len(y)} first={y[0]:.3g} last={y[-1]:.3g} min={y.min():.3g} max={y.max():.3g}")
         for drawn in ax.images:
             y = np.asarray(drawn.get_array(), dtype=float)
-            told.append(f"  image {'x'.join(map(str, y.shape))}: mean={y.mean():.2g} min={y.min():.2g} max={y.max():.2g}")
+            size = "x".join(map(str, y.shape))
+            told.append(f"  image {size}: mean={y.mean():.2g} min={y.min():.2g} max={y.max():.2g}")
     display(_Folded("\n".join(told)))
 
 

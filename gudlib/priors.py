@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gudlib import checks, statistics
+from gudlib.doors import door, inner
 
 Components = Float[Tensor, "b c h w"]
 PerComponent = Float[Tensor, "c h w"]
@@ -40,6 +41,10 @@ class Moments:
     def __post_init__(self) -> None:
         if not 0 < checks.real("floor", self.floor) < 1:
             raise ValueError(f"floor must lie between 0 and 1, as a share of the largest variance; got {self.floor}")
+        for name, values in {"mean": self.mean, "variance": self.variance}.items():
+            if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 3:
+                raise ValueError(f"{name} must be floating numbers of shape (c, h, w); got {checks.what(values)}")
+            checks.finite(name, values)
         if self.mean.shape != self.variance.shape:
             shapes = tuple(self.mean.shape), tuple(self.variance.shape)
             raise ValueError(f"mean and variance must have one shape; got {shapes}")
@@ -55,6 +60,7 @@ class Moments:
         return int((self.variance < self.floored).sum())
 
 
+@door
 def measure(
     basis: Callable[[Tensor], Tensor], images: statistics.Images, floor: float = 1e-4, symmetries: str = "none"
 ) -> Moments:
@@ -94,6 +100,7 @@ class Prior(nn.Module):
         ValueError: if the scale's shape is not the moments', or a scale is not positive and finite.
     """
 
+    @door
     def __init__(self, moments: Moments, scale: PerComponent) -> None:
         super().__init__()
         if scale.shape != moments.mean.shape:
@@ -107,6 +114,11 @@ class Prior(nn.Module):
         self.register_buffer("mean", moments.mean)
         self.register_buffer("scale", scale)
         self.register_buffer("variance", moments.variance)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(c, h, w)."""
+        return tuple(self.mean.shape)
 
     @property
     def moments(self) -> Moments:
@@ -126,6 +138,7 @@ class Prior(nn.Module):
         """
         return -self.moments.floored.log()
 
+    @door
     def ranked(self, step: float) -> Float[Tensor, "c h w"]:
         """The order with ties broken by rank, float64 (c, h, w): where l repeats, it rises by `step` instead.
 
@@ -160,24 +173,30 @@ class Prior(nn.Module):
         """sum_i log S_i, a scalar: log p(data) = log p(white) - log_volume."""
         return self.scale.log().sum()
 
+    @inner
     def whiten(self, components: Float[Tensor, "... c h w"]) -> Float[Tensor, "... c h w"]:
         """chi_hat = (chi - m) / S."""
         return (components - self.mean.to(components)) / self.scale.to(components)
 
+    @inner
     def unwhiten(self, white: Float[Tensor, "... c h w"]) -> Float[Tensor, "... c h w"]:
         """chi = m + S chi_hat."""
         return self.mean.to(white) + self.scale.to(white) * white
 
+    @door
     def sample(self, n: int, generator: torch.Generator | None = None) -> Components:
         """`n` draws of components (n, c, h, w)."""
+        n = checks.whole("n", n)
         noise = torch.randn(n, *self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
         return self.unwhiten(noise)
 
+    @door
     def log_prob(self, components: Components) -> Float[Tensor, " b"]:
         """Log-density in nats of each of a batch of components (b, c, h, w)."""
         square = self.whiten(components).square().flatten(1).sum(1)
         return -0.5 * square - 0.5 * self.mean.numel() * math.log(2 * math.pi) - self.log_volume.to(components)
 
+    @door
     def kl(self, gamma: PerComponent | None = None) -> PerComponent:
         """KL divergence, in nats for each component (c, h, w), from the data's independent normals to the prior.
 
@@ -189,6 +208,7 @@ class Prior(nn.Module):
         return 0.5 * (c - 1 - c.log())
 
 
+@door
 def isotropic(moments: Moments, scale: float = 1.0) -> Prior:
     """The same noise for all components: S_i = scale, in units of the data.
 
@@ -198,11 +218,13 @@ def isotropic(moments: Moments, scale: float = 1.0) -> Prior:
     return Prior(moments, torch.full_like(moments.mean, checks.real("scale", scale, above=0)))
 
 
+@door
 def whitened(moments: Moments) -> Prior:
     """Noise with the data's own variances: S_i^2 = Sigma_i, floored."""
     return interpolated(moments, 1.0)
 
 
+@door
 def interpolated(moments: Moments, r: float) -> Prior:
     """Between isotropic (r = 0) and whitened (r = 1): S_i = Sigma_i^(r/2), floored.
 
@@ -214,6 +236,7 @@ def interpolated(moments: Moments, r: float) -> Prior:
     return Prior(moments, moments.floored ** (checks.real("r", r) / 2))
 
 
+@door
 def power_law(moments: Moments, wavenumber: PerComponent, exponent: float = 2.0) -> Prior:
     """Noise of a power-law spectrum: S_i^2 proportional to k_i^-exponent, with the data's total variance.
 
@@ -236,6 +259,7 @@ def power_law(moments: Moments, wavenumber: PerComponent, exponent: float = 2.0)
     return Prior(moments, (power * moments.variance.sum() / power.sum()).sqrt())
 
 
+@door
 def multi_information(covariance: Float[Tensor, "n n"], noise: float = 0.0) -> Float[Tensor, ""]:
     """What normal components lose when taken as independent, KL(N(0, C) || N(0, diag C)), in nats for each of them.
 
@@ -250,6 +274,6 @@ def multi_information(covariance: Float[Tensor, "n n"], noise: float = 0.0) -> F
     """
     c = covariance.double() + noise**2 * torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
     root, failed = torch.linalg.cholesky_ex(c)
-    if failed:
+    if int(failed):
         raise ValueError(f"covariance of {len(c)} components is not positive definite; add noise or images")
     return 0.5 * (c.diagonal().log() - 2 * root.diagonal().log()).mean()

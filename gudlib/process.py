@@ -18,15 +18,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gudlib.bases import Basis
+from gudlib.doors import inner
 from gudlib.priors import Prior
 from gudlib.schedules import Levels, Schedule, Time, alpha, sigma
 
 Batch = Float[Tensor, "b c h w"]
+Numbers = Float[Tensor, "..."]  # that broadcast
 Gamma = Float[Tensor, "*#batch #c #h #w"]  # broadcasts to a Batch
 Model = Callable[[Batch, Gamma], Batch]
 
 
-def to_eps(value: Tensor, kind: str, white_t: Tensor, gamma: Tensor) -> Tensor:
+@inner
+def to_eps(value: Numbers, kind: str, white_t: Numbers, gamma: Numbers) -> Numbers:
     """The noise `eps_hat` that a prediction of another kind amounts to.
 
     Arguments:
@@ -49,7 +52,8 @@ def to_eps(value: Tensor, kind: str, white_t: Tensor, gamma: Tensor) -> Tensor:
     raise ValueError(f"kind must be one of eps, x0, score, v; got {kind!r}")
 
 
-def from_eps(eps: Tensor, kind: str, white_t: Tensor, gamma: Tensor) -> Tensor:
+@inner
+def from_eps(eps: Numbers, kind: str, white_t: Numbers, gamma: Numbers) -> Numbers:
     """What a prediction of the noise amounts to in another kind; the inverse of `to_eps`, with its arguments.
 
     Raises:
@@ -66,6 +70,7 @@ def from_eps(eps: Tensor, kind: str, white_t: Tensor, gamma: Tensor) -> Tensor:
     raise ValueError(f"kind must be one of eps, x0, score, v; got {kind!r}")
 
 
+@inner
 def diffuse(white: Levels, gamma: Levels, eps: Levels) -> Levels:
     """The forward marginal chi(t) = alpha chi(0) + sigma eps."""
     return alpha(gamma) * white + sigma(gamma) * eps
@@ -78,6 +83,7 @@ class Process(nn.Module):
         ValueError: if the three are not of one shape.
     """
 
+    @inner
     def __init__(self, basis: Basis, prior: Prior, schedule: Schedule) -> None:
         super().__init__()
         shapes = {"basis": basis.shape, "prior": tuple(prior.mean.shape), "schedule": schedule.shape}
@@ -85,18 +91,27 @@ class Process(nn.Module):
             raise ValueError(f"basis, prior and schedule must have one component shape; got {shapes}")
         self.basis, self.prior, self.schedule = basis, prior, schedule
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(c, h, w)."""
+        return self.basis.shape
+
+    @inner
     def along(self, schedule: Schedule) -> "Process":
         """The same basis and prior with another schedule; tensors are shared."""
         return Process(self.basis, self.prior, schedule)
 
+    @inner
     def white(self, data: Batch) -> Batch:
         """White components of images."""
         return self.prior.whiten(self.basis(data))
 
+    @inner
     def data(self, white: Batch) -> Batch:
         """Images of white components; the inverse of `white`."""
         return self.basis.inverse(self.prior.unwhiten(white))
 
+    @inner
     def reverse_sde(self, white_t: Batch, t: Time, eps: Batch) -> tuple[Batch, Batch]:
         """Drift -beta (chi / 2 + score) and diffusion sqrt(beta) of the process run backwards, with dt < 0.
 
@@ -108,6 +123,7 @@ class Process(nn.Module):
         score = from_eps(eps, "score", white_t, self.schedule.gamma(t))
         return -beta * (0.5 * white_t + score), beta.sqrt().expand_as(white_t)
 
+    @inner
     def velocity(self, white_t: Batch, t: Time, eps: Batch) -> Batch:
         """d chi / dt of the probability-flow ODE, -beta (chi + score) / 2 = (d gamma/dt) sigma (eps - sigma chi) / 2.
 

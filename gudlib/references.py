@@ -35,6 +35,7 @@ from torch.nn import functional
 from gudlib import checks
 from gudlib.bases import Basis, Blocks, Pixel
 from gudlib.data import dequantise, scale, to_uint8
+from gudlib.doors import door, inner
 from gudlib.exact import gaussian_eps
 from gudlib.likelihood import GREY_LEVEL, bits_per_dim
 from gudlib.priors import Moments, Prior
@@ -90,6 +91,7 @@ class Reference(nn.Module, ABC):
     basis: Basis
     prior: Prior
 
+    @door
     def __init__(self, basis: Basis, prior: Prior) -> None:
         super().__init__()
         if basis.shape != tuple(prior.mean.shape):
@@ -110,18 +112,26 @@ class Reference(nn.Module, ABC):
         """-log p in nats of images (n, c, h, w), dequantised for decoder `normal`, `data.scale`d for `discrete`."""
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(c, h, w)."""
+        return self.basis.shape
+
+    @property
     def components(self) -> Basis:
         """In which the posterior is written."""
         return self.basis
 
+    @inner
     def white(self, estimate: Batch) -> Batch:
         """White components of an estimate written in `components`."""
         return estimate
 
+    @inner
     def at(self, places: Int64[Tensor, " n"]) -> "Reference":
         """The reference of n patches at those places of an image: itself, if it is the same at all of them."""
         return self
 
+    @door
     def patches(self, size: int) -> "Reference":
         """The same of single patches, whose place `at` tells; for references of pixels that know no correlations.
 
@@ -133,17 +143,21 @@ class Reference(nn.Module, ABC):
     def _patch(self, size: int) -> tuple[Basis, Prior]:
         """Basis and prior of a patch."""
         c, h, w = self.basis.shape
-        parts = []
+        size, parts = checks.whole("size", size), []
+        if h % size or w % size:
+            raise ValueError(f"size must divide height {h} and width {w}; got {size}")
         for value in (self.prior.mean, self.prior.variance, self.prior.scale):
             if self.basis.name != "pixel" or bool((value != value[:, :1, :1]).any()):
                 raise ValueError(f"patches need pixels that share one prior; the basis is {self.basis.name!r}")
             parts.append(value[:, :size, :size].clone())
         return Pixel((c, size, size)), Prior(Moments(parts[0], parts[1], self.prior.floor), parts[2])
 
+    @inner
     def forward(self, white_t: Batch, gamma: Gamma) -> Batch:
         """The noise that the reference expects: a model `(white_t, gamma) -> eps_hat` without a network."""
         return self.posterior(white_t, gamma).eps
 
+    @door
     def bits(self, images: Grey) -> Float[Tensor, " n"]:
         """NLL of each image in bits per dimension; where it is a density, of images dequantised with a fixed seed."""
         checks.grey("images", images, self.basis.shape)
@@ -169,10 +183,12 @@ class IndependentGaussian(Reference):
     knows = "mean and variance of each component"
 
     @classmethod
+    @door
     def fit(cls, basis: Basis, prior: Prior, images: Grey) -> "IndependentGaussian":
         """That of the prior's own moments."""
         return cls(basis, prior)
 
+    @inner
     def posterior(self, white_t: Batch, gamma: Gamma) -> Posterior:
         """As `Reference`: with v = alpha^2 c + sigma^2, mean alpha c chi_t / v, variance c sigma^2 / v."""
         c = self.prior.white_variance.to(white_t)
@@ -181,12 +197,14 @@ class IndependentGaussian(Reference):
         mean, deviation = signal.sqrt() * c / v * white_t, (c * noise / v).sqrt().expand_as(white_t)
         return Posterior(mean, deviation, white_t / v.sqrt(), gaussian_eps(white_t, gamma, c))
 
+    @door
     def nll(self, data: Batch) -> Float[Tensor, " n"]:
         """As `Reference`."""
         white, c = self.prior.whiten(self.basis(data)), self.prior.white_variance.to(data)
         square = white.square() / c + (2 * math.pi * c).log()
         return 0.5 * square.flatten(1).sum(1) + self.prior.log_volume.to(data)
 
+    @door
     def patches(self, size: int) -> "IndependentGaussian":
         """As `Reference`: the same everywhere."""
         return IndependentGaussian(*self._patch(size))
@@ -345,6 +363,7 @@ class Histograms(_GreyLevels):
     means: Tensor
     spread: Tensor
 
+    @door
     def __init__(
         self,
         basis: Basis,
@@ -352,6 +371,7 @@ class Histograms(_GreyLevels):
         weight: Float[Tensor, "k c h w 256"],
         share: Float[Tensor, " k"] | None = None,
     ) -> None:
+        weight = checks.single(weight)
         super().__init__(basis, prior, weight, "k")
         share = weight.new_ones(len(weight)) if share is None else share
         if share.shape != weight.shape[:1] or not bool((share > 0).all()):
@@ -365,6 +385,7 @@ class Histograms(_GreyLevels):
         if len(w) > 1:
             self._evidence(w.double(), grey)
 
+    @door
     def nll(self, data: Batch) -> Float[Tensor, " n"]:
         """As `Reference`."""
         level = to_uint8(data).flatten(1).long()
@@ -372,6 +393,7 @@ class Histograms(_GreyLevels):
         return -(each + (self.share / self.share.sum()).double().log()).logsumexp(1)
 
     @classmethod
+    @door
     def fit(cls, basis: Basis, prior: Prior, images: Grey, sectors: int = 32, seed: int = 0) -> "Histograms":
         """Histograms of images, in sectors that expectation and maximisation find, smoothed.
 
@@ -394,6 +416,7 @@ class Histograms(_GreyLevels):
         share = torch.bincount(sector, minlength=sectors).to(weight) + 1
         return cls(basis, prior, weight.unflatten(1, basis.shape), share / share.sum())
 
+    @door
     def patches(self, size: int) -> "PatchHistograms":
         """As `Reference`; of one sector, for several tie the patches together."""
         if len(self.weight) > 1:
@@ -436,12 +459,14 @@ class PatchHistograms(_GreyLevels):
     name = "patch histograms"
     knows = "the grey levels of each pixel"
 
+    @door
     def __init__(self, basis: Basis, prior: Prior, weight: Float[Tensor, "l c p p 256"]) -> None:
-        super().__init__(basis, prior, weight, "L")
+        super().__init__(basis, prior, checks.single(weight), "L")
         self.places: Tensor | None = None
         levels = torch.arange(LEVELS, dtype=torch.float64, device=weight.device).expand(weight[..., 0].numel(), -1)
         self._tabulate(self._log().exp().flatten(0, 1)[None], levels, torch.zeros_like(levels))
 
+    @inner
     def at(self, places: Int64[Tensor, " n"]) -> "PatchHistograms":
         """As `Reference`: a view of the same tables, which move to a device with it; places are 0 .. L - 1."""
         mine = copy.copy(self)
@@ -449,6 +474,7 @@ class PatchHistograms(_GreyLevels):
         return mine
 
     @classmethod
+    @door
     def fit(cls, basis: Basis, prior: Prior, images: Grey) -> "PatchHistograms":
         """Histograms of the patches of images, smoothed as those of `Histograms`.
 
@@ -462,12 +488,17 @@ class PatchHistograms(_GreyLevels):
         weight = _smoothed(_counts(x, torch.zeros_like(x[:, 0]), 1), shape).view(*shape, LEVELS)
         return cls(basis, prior, _by_patch(weight, size))
 
+    @door
     def nll(self, data: Batch) -> Float[Tensor, " n"]:
         """As `Reference`, of patches at their places."""
         return -self._log().flatten(0, 1)[self._component(len(data)), to_uint8(data).flatten(1).long()].sum(1).double()
 
-    def bits(self, images: Grey) -> Float[Tensor, " n"]:
-        """As `Reference`, of whole images (n, c, h, w), all their patches in reading order."""
+    @door
+    def bits(self, images: UInt8[Tensor, "n c H W"]) -> Float[Tensor, " n"]:
+        """As `Reference`, of whole images (n, c, H, W), all their patches in reading order."""
+        (c, side, _), shape = self.basis.shape, images.shape
+        if shape[1] != c or shape[2] % side or shape[3] % side or shape[2:].numel() // side**2 != len(self.weight):
+            raise ValueError(f"images must be of {len(self.weight)} patches of {side}; got {checks.what(images)}")
         patches = functional.pixel_unshuffle(scale(images), self.basis.shape[-1]).flatten(2).mT  # (n, L, D)
         everywhere = self.at(torch.arange(patches.shape[1], device=images.device))
         nats = [everywhere.nll(each.view(-1, *self.basis.shape)).sum() for each in patches]
@@ -505,6 +536,7 @@ class Marginals(_Pyramid):
     low: Tensor
     step: Tensor
 
+    @door
     def __init__(
         self,
         basis: Basis,
@@ -519,9 +551,12 @@ class Marginals(_Pyramid):
         for key, value in {"weight": weight, "mean": mean, "variance": variance, "low": low, "step": step}.items():
             self.register_buffer(key, value)
         w, m, v = (x.flatten(0, 2).double() for x in (weight, mean, variance))
+        checks.positive("weight of a component", w.sum(1))
         self._tabulate(w[None], m, v)
+        checks.finite("mean and variance, squared and in float32,", self.within)
 
     @classmethod
+    @door
     def fit(cls, basis: Basis, prior: Prior, images: Grey, bins: int = 512) -> "Marginals":
         """Bins of the components of images, dequantised exactly: each normal is as wide as the noise added, at least.
 
@@ -559,6 +594,7 @@ class Marginals(_Pyramid):
         tables = weight, mean, spread + WITHIN_LEVEL, low, step
         return cls(basis, prior, *(table.unflatten(0, basis.shape).float() for table in tables))
 
+    @door
     def nll(self, data: Batch) -> Float[Tensor, " n"]:
         """As `Reference`."""
         w, m, v = (x.flatten(0, 2).to(data) for x in (self.weight, self.mean, self.variance))
@@ -602,6 +638,7 @@ class GroupedGaussian(Reference):
     added = WITHIN_LEVEL  # variance of the noise that is added to the data, in their units
     _values = staticmethod(centres)
 
+    @door
     def __init__(
         self,
         basis: Basis,
@@ -633,6 +670,7 @@ class GroupedGaussian(Reference):
         self.register_buffer("loudest", loudest, persistent=False)
 
     @classmethod
+    @door
     def fit(cls, basis: Basis, prior: Prior, images: Grey, symmetries: str = "none") -> "GroupedGaussian":
         """Covariances of images; in waves with the colours of each wave as a group, else with each component as one.
 
@@ -670,6 +708,7 @@ class GroupedGaussian(Reference):
         square = square / count - cross - cross.mT + each[:, :, None] * each[:, None, :]
         return cls(basis, prior, members, square, mean)
 
+    @inner
     def posterior(self, white_t: Batch, gamma: Gamma) -> Posterior:
         """As `Reference`, for noise that is the same in all of a block's components; computed in float64.
 
@@ -689,6 +728,7 @@ class GroupedGaussian(Reference):
         parts = mean, variance.sqrt().expand_as(y), off / precision.sqrt(), noise.sqrt() * off
         return Posterior(*(self._back(part).to(white_t) for part in parts))
 
+    @door
     def nll(self, data: Batch) -> Float[Tensor, " n"]:
         """As `Reference`: a density, of images with the dequantisation noise."""
         return self._density(data, WITHIN_LEVEL)
@@ -780,6 +820,7 @@ class LatticeGaussian(GroupedGaussian):
     _values = staticmethod(scale)
     reach = 4  # grey levels to each side that are told apart
 
+    @door
     def nll(self, data: Batch) -> Float[Tensor, " n"]:
         """As `Reference`."""
         return self._density(data, 1 / (12 * HALF**2)) + data[0].numel() * math.log(HALF)
@@ -789,10 +830,12 @@ class LatticeGaussian(GroupedGaussian):
         """Pixels."""
         return Pixel(self.basis.shape)
 
+    @inner
     def white(self, estimate: Batch) -> Batch:
         """As `Reference`."""
         return self.basis(estimate)
 
+    @inner
     def posterior(self, white_t: Batch, gamma: Gamma) -> Posterior:
         """As `Reference`, in pixels."""
         of_blocks, basis = super().posterior(white_t, gamma), self.basis
@@ -825,6 +868,7 @@ _ALL = IndependentGaussian, Histograms, PatchHistograms, Marginals, GroupedGauss
 KINDS: dict[str, type[Reference]] = {each.name: each for each in _ALL}
 
 
+@door
 def rebuild(name: str, basis: Basis, prior: Prior, tables: dict[str, Tensor]) -> Reference:
     """The reference of a name and its tables, as `state_dict` names them, for the basis and prior it was made for.
 
@@ -836,6 +880,7 @@ def rebuild(name: str, basis: Basis, prior: Prior, tables: dict[str, Tensor]) ->
     return KINDS[name](basis, prior, **{k: v.float() if v.dtype == torch.half else v for k, v in tables.items()})
 
 
+@door
 def fit(name: str, basis: Basis, prior: Prior, images: Grey) -> Reference:
     """A reference by name, fitted to images; histograms in a sector for every 150 images, as many as memory allows.
 
@@ -851,6 +896,7 @@ def fit(name: str, basis: Basis, prior: Prior, images: Grey) -> Reference:
     return KINDS[name].fit(basis, prior, images)
 
 
+@door
 def best(names: Sequence[str], basis: Basis, prior: Prior, images: Grey) -> Reference:
     """The reference that, fitted to four fifths of the images, has the least NLL on the others; fitted to all.
 
@@ -860,6 +906,8 @@ def best(names: Sequence[str], basis: Basis, prior: Prior, images: Grey) -> Refe
         images: uint8 (n, c, h, w), in random order.
     """
     checks.grey("images", images, basis.shape, least=2)
+    if not names:
+        raise ValueError("names must be at least one; got none")
     unseen, seen = images.tensor_split([max(len(images) // 5, 1)])
     bits = {name: float(fit(name, basis, prior, seen).bits(unseen[:500]).mean()) for name in names}
     return fit(min(bits, key=lambda name: bits[name]), basis, prior, images)

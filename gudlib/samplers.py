@@ -55,6 +55,7 @@ from tqdm.auto import tqdm
 
 from gudlib import checks
 from gudlib.bases import Blocks, Pixel
+from gudlib.doors import door, inner
 from gudlib.process import Batch, Gamma, Model, Process, diffuse, from_eps
 from gudlib.schedules import alpha, held, sigma
 
@@ -77,16 +78,19 @@ class Step:
 
 
 Method = Callable[[Model, Process, Batch, Tensor, Tensor], Step]
+Now = Float[Tensor, ""]
 Evaluation = tuple[Tensor, Tensor]  # noise levels at which the model was called, and the means found there
 
 
-def euler_maruyama(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
+@inner
+def euler_maruyama(model: Model, process: Process, white_t: Batch, t: Now, s: Now) -> Step:
     """One Euler-Maruyama step of the reverse SDE from time t to s < t."""
     drift, diffusion = process.reverse_sde(white_t, t, model(white_t, process.schedule.gamma(t)))
     return Step(white_t + (s - t) * drift, diffusion * (t - s).sqrt())
 
 
-def ancestral(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
+@inner
+def ancestral(model: Model, process: Process, white_t: Batch, t: Now, s: Now) -> Step:
     """One step of ancestral (DDPM) sampling: the exact posterior, given chi_0 = its prediction."""
     gamma_t, gamma_s = process.schedule.gamma(t), process.schedule.gamma(s)
     moved = -torch.expm1(gamma_s - gamma_t)  # 1 - r
@@ -94,6 +98,7 @@ def ancestral(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tens
     return Step(mean, sigma(gamma_s) * moved.sqrt())
 
 
+@door
 def analytic(mmse: Callable[[Gamma], Batch] | None = None) -> Method:
     """Ancestral sampling that adds what its guess of chi_0 leaves open: `ancestral-mmse`.
 
@@ -104,7 +109,7 @@ def analytic(mmse: Callable[[Gamma], Batch] | None = None) -> Method:
             measured or from `exact.gaussian_error`. By default that of independent normals, c / (1 + c e^-gamma).
     """
 
-    def step(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
+    def step(model: Model, process: Process, white_t: Batch, t: Now, s: Now) -> Step:
         gamma_t, gamma_s = process.schedule.gamma(t), process.schedule.gamma(s)
         plain, c = ancestral(model, process, white_t, t, s), process.prior.white_variance
         unknown = c * torch.sigmoid(gamma_t - c.log()) if mmse is None else mmse(gamma_t)
@@ -115,14 +120,16 @@ def analytic(mmse: Callable[[Gamma], Batch] | None = None) -> Method:
     return step
 
 
-def ddim(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
+@inner
+def ddim(model: Model, process: Process, white_t: Batch, t: Now, s: Now) -> Step:
     """One step of DDIM: the exponential integrator of the probability-flow ODE."""
     gamma_t, gamma_s = process.schedule.gamma(t), process.schedule.gamma(s)
     x0 = from_eps(model(white_t, gamma_t), "x0", white_t, gamma_t)
     return Step(_flow(x0, white_t, gamma_t, gamma_s), torch.zeros_like(gamma_s))
 
 
-def heun(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -> Step:
+@inner
+def heun(model: Model, process: Process, white_t: Batch, t: Now, s: Now) -> Step:
     """One step of Heun's method on d(chi / alpha) = eps d(sigma / alpha); two model calls."""
     gamma_t, gamma_s = process.schedule.gamma(t), process.schedule.gamma(s)
     eps = model(white_t, gamma_t)
@@ -131,15 +138,14 @@ def heun(model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor) -
     return Step(_flow(x0, white_t, gamma_t, gamma_s), torch.zeros_like(gamma_s), nfe=2)
 
 
+@door
 def multistep(gaussian: bool = True, accuracy: int = 2) -> Method:
     """DDIM of `accuracy` of first or second order, in x0 or, `gaussian`, in the mean of a normal of the white variance.
 
     The second order holds on to m + (h / 2 h_prev) (m - m_prev), with h = gamma_t - gamma_s of each component.
     """
 
-    def step(
-        model: Model, process: Process, white_t: Batch, t: Tensor, s: Tensor, last: Evaluation | None = None
-    ) -> Step:
+    def step(model: Model, process: Process, white_t: Batch, t: Now, s: Now, last: Evaluation | None = None) -> Step:
         gamma_t, gamma_s = process.schedule.gamma(t), process.schedule.gamma(s)
         c = process.prior.white_variance if gaussian else torch.zeros(())
         m, reach = _mean(model(white_t, gamma_t), white_t, gamma_t, c), gamma_t - gamma_s
@@ -152,12 +158,13 @@ def multistep(gaussian: bool = True, accuracy: int = 2) -> Method:
     return step
 
 
+@inner
 def predictor_corrector(
     model: Model,
     process: Process,
     white_t: Batch,
-    t: Tensor,
-    s: Tensor,
+    t: Now,
+    s: Now,
     evaluations: Sequence[Evaluation] = (),
     start: Tensor | None = None,
 ) -> Step:
@@ -230,6 +237,7 @@ METHODS: dict[str, Method] = {
 }
 
 
+@door
 def time_grid(process: Process, steps: int) -> Float[Tensor, " {steps}+1"]:
     r"""Times from 1 to 0 for `steps` updates, spent where components move that are not decided yet.
 
@@ -294,6 +302,7 @@ class Samples:
 
 
 @torch.no_grad()
+@door
 def sample(
     model: Model,
     process: Process,
@@ -362,6 +371,7 @@ def sample(
 
 
 @torch.no_grad()
+@door
 def inpaint(
     model: Model,
     process: Process,
@@ -397,6 +407,7 @@ def inpaint(
 
 
 @torch.no_grad()
+@door
 def extend(
     model: Model,
     process: Process,
@@ -443,7 +454,9 @@ def extend(
     left, right = process.schedule.gamma(t)[..., :-1], process.schedule.gamma(t - lag)[..., 1:]
     if not torch.allclose(left, right) or torch.allclose(left, right[..., :1]):
         raise ValueError("process must have a schedule of columns, each a lag behind its left neighbour")
-    checks.batch("images", images)
+    if checks.batch("images", images).shape[1:3] != process.shape[:2]:
+        channels, height, _ = process.shape
+        raise ValueError(f"images must have shape (n, {channels}, {height}, any width); got {checks.what(images)}")
     stride, steps = checks.whole("stride", stride), checks.whole("steps", steps)
     context = checks.whole("context", context, 0)
     moving = (1 - (width - 1) * lag) / lag  # how many columns move at once
@@ -452,6 +465,7 @@ def extend(
         where = f"this schedule, {images.shape[-1]} columns and stride {stride}"
         raise ValueError(f"context must lie between 1 and {most} for {where}; got {context}")
 
+    images = images.to(prior.mean.device)
     whole = torch.zeros(*images.shape[:-1], width, dtype=images.dtype, device=images.device)
     whole[..., :context] = images[..., -context:]
     known = (torch.arange(width) < context).expand(process.schedule.shape)
@@ -465,6 +479,7 @@ def extend(
         x, start = torch.cat([x[..., stride:], fresh], dim=-1), (width - context) * lag
 
 
+@door
 def push(
     model: Model,
     process: Process,
@@ -482,14 +497,18 @@ def push(
         model, process, steps, method, grid: as for `sample`.
         start: covariance of the white components at t = 1, (d, d).
     """
-    update, t = _method(method), times(process, steps, grid)
+    update, t, start = _method(method), times(process, steps, grid), start.double()
+    if len(start) != math.prod(process.schedule.shape):
+        raise ValueError(
+            f"start must be of the process's {math.prod(process.schedule.shape)} components; got {len(start)}"
+        )
     t, units = t.to(start.device), torch.eye(len(start), dtype=torch.float64, device=start.device)
     images = units.view(-1, *process.schedule.shape)
     if update(model, process, images, t[0], t[1]).next_method:
         whole = sample(model, process, len(units), steps, method, start=images, grid=grid).white.flatten(1).T
         return whole @ start @ whole.T, whole
 
-    def linear(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    def linear(t: Now, s: Now) -> tuple[Tensor, Tensor]:
         step = update(model, process, images, t, s)
         return step.mean.flatten(1).T, step.std.flatten()[: len(units)]
 
@@ -531,6 +550,7 @@ def _method(method: str | Method) -> Method:
     return METHODS[method] if isinstance(method, str) else method
 
 
+@door
 def times(process: Process, steps: int, grid: str | Float[Tensor, " k"]) -> Float[Tensor, " k"]:
     """The times of a grid, as `sample` takes it.
 

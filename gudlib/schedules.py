@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int, Int64, Real
 from torch import Tensor, nn
 
 from gudlib import checks
+from gudlib.doors import door, inner
 
 Time = float | Real[Tensor, "..."]
 Levels = Float[Tensor, "... c h w"]  # the axes of t, broadcast against those of the schedule itself, then components
@@ -30,12 +31,14 @@ PerImage = float | Float[Tensor, "..."]  # one number, or one for each image of 
 Shape = tuple[int, int, int]
 
 
-def alpha(gamma: Tensor) -> Tensor:
+@inner
+def alpha(gamma: Real[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Signal amplitude: alpha^2 = sigmoid(-gamma)."""
     return torch.sigmoid(-gamma).sqrt()
 
 
-def sigma(gamma: Tensor) -> Tensor:
+@inner
+def sigma(gamma: Real[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Noise amplitude: sigma^2 = sigmoid(gamma)."""
     return torch.sigmoid(gamma).sqrt()
 
@@ -63,6 +66,7 @@ class Schedule:
     (torch.Size([2, 1, 2, 2]), 12.0)
     """
 
+    @inner
     def __init__(
         self,
         gamma: Callable[[Tensor], Tensor],
@@ -92,41 +96,56 @@ class Schedule:
             raise ValueError(misfit)
         self.batch = tuple(whole[:-3])
 
+    @inner
     def gamma(self, t: Time) -> Levels:
-        """gamma_i(t), always of shape t.shape + shape (t broadcast against the schedule's own batch, if it has one)."""
-        t = _as_time(t)
-        value = self._gamma(t[..., None, None, None])
-        return value.expand(torch.broadcast_shapes(t.shape, self.batch) + self.shape)
+        """gamma_i(t), always of shape t.shape + shape (t broadcast against the schedule's own batch, if it has one).
 
+        Raises:
+            ValueError: for times that don't fit the batch.
+        """
+        t = _as_time(t)
+        try:
+            whole = torch.broadcast_shapes(t.shape, self.batch)
+        except RuntimeError:
+            raise ValueError(f"t must fit a batch of {self.batch}; got times of shape {tuple(t.shape)}") from None
+        return self._gamma(t[..., None, None, None]).expand(whole + self.shape)
+
+    @inner
     def dgamma_dt(self, t: Time) -> Levels:
         """d gamma_i / dt. At a kink it is the full slope, not half of it: components move on closed intervals."""
         t = _as_time(t).contiguous()
         return torch.func.jvp(self.gamma, (t,), (torch.ones_like(t),))[1]
 
+    @inner
     def beta(self, t: Time) -> Levels:
         """beta_i(t) = sigma_i^2 d gamma_i / dt, the rate of the Ornstein-Uhlenbeck process, per unit of t."""
         return torch.sigmoid(self.gamma(t)) * self.dgamma_dt(t)
 
+    @inner
     def alpha(self, t: Time) -> Levels:
         """Signal amplitude alpha_i(t)."""
         return alpha(self.gamma(t))
 
+    @inner
     def sigma(self, t: Time) -> Levels:
         """Noise amplitude sigma_i(t)."""
         return sigma(self.gamma(t))
 
+    @inner
     def snr(self, t: Time, white_variance: PerComponent) -> Levels:
         """SNR_i(t) = Var(chi_i(0)) exp(-gamma_i(t)), a ratio of variances."""
         gamma = self.gamma(t)
         return white_variance.to(gamma) * (-gamma).exp()
 
 
+@door
 def linear(shape: Shape, gamma_min: float = -7.0, gamma_max: float = 5.0) -> Schedule:
     """One straight line for all components: gamma(t) = gamma_min + (gamma_max - gamma_min) t."""
     rising(gamma_min=checks.real("gamma_min", gamma_min), gamma_max=checks.real("gamma_max", gamma_max))
     return Schedule(lambda t: gamma_min + (gamma_max - gamma_min) * t, shape)
 
 
+@door
 def vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
     """The linear-beta schedule of score-based SDEs: beta(t) = beta_min + t (beta_max - beta_min).
 
@@ -146,6 +165,7 @@ def vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
     return Schedule(gamma, shape, [1e-5])
 
 
+@door
 def cosine(shape: Shape, gamma_min: float = -10.0, gamma_max: float = 10.0, offset: float = 0.008) -> Schedule:
     """The cosine schedule of improved DDPM, alpha^2 = f(t) / f(0), f = cos^2(pi/2 (t + offset) / (1 + offset)).
 
@@ -174,6 +194,7 @@ def cosine(shape: Shape, gamma_min: float = -10.0, gamma_max: float = 10.0, offs
     return Schedule(gamma, shape, [first, last])
 
 
+@door
 def soft_conditioning(
     order: Order,
     a: PerImage = 1.0,
@@ -229,6 +250,7 @@ def offset_lines(
     return start + shift + steep - high + t * (gamma_max_target - start + high - low)
 
 
+@door
 def sequential(
     order: Order | Sequence[Order],
     b: PerImage | Sequence[PerImage],
@@ -294,8 +316,12 @@ class Nest(nn.Module):
         least: softness of each ordering below which some time is idle for certain, g / (1 + g), g the largest gap.
     """
 
+    @door
     def __init__(self, orders: Sequence[Order]) -> None:
         super().__init__()
+        if not orders or any(order.shape != orders[0].shape for order in orders):
+            shapes = [tuple(order.shape) for order in orders]
+            raise ValueError(f"orders must be at least one, all of one shape; got {shapes}")
         group = torch.zeros(orders[0].shape, dtype=torch.long, device=orders[0].device)
         ranks, alones, self.least = [], [], []
         for values in orders:
@@ -313,8 +339,11 @@ class Nest(nn.Module):
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
+    @inner
     def movement(self, shares: Sequence[PerImage]) -> tuple[Levels, Levels]:
         """When each component starts to move and for how long, given the softness of each ordering."""
+        if len(shares) != len(self.ranks):
+            raise ValueError(f"shares must be {len(self.ranks)}, one for each ordering; got {len(shares)}")
         start, duration = torch.zeros_like(self.ranks[0]), torch.ones_like(self.ranks[0])
         for rank, alone, each in zip(self.ranks, self.alone, shares, strict=True):
             share = torch.as_tensor(each, dtype=torch.float64, device=rank.device)[..., None, None, None]
@@ -323,13 +352,17 @@ class Nest(nn.Module):
             duration = duration * share
         return start, duration
 
-    def exchanged(self, start: Levels, order: Int64[Tensor, "*batch k"]) -> Levels:
+    @inner
+    def exchanged(
+        self, start: Float[Tensor, "*n c h w"], order: Int64[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*any c h w"]:
         """Starts of one ordering's groups in another order: group `order[..., k]` has the turn of group k."""
         turns, taken = start.flatten(-3)[..., self.one_each], order.argsort(-1)
         shape = torch.broadcast_shapes(turns.shape, taken.shape)
         return turns.expand(shape).gather(-1, taken.expand(shape))[..., self.group]
 
-    def idle(self, start: Levels, duration: Levels) -> float:
+    @inner
+    def idle(self, start: Float[Tensor, "*n c h w"], duration: Float[Tensor, "*n c h w"]) -> float:
         """For how much of the time nothing moves, at most over a batch."""
         starts, first = start.flatten(-3)[..., self.one_each].sort()
         ends = (start + duration).flatten(-3)[..., self.one_each].gather(-1, first).cummax(-1).values
@@ -348,6 +381,7 @@ def clipped_lines(
     return low + (high - low) * ((t - start) / duration).clamp(0, 1)
 
 
+@door
 def held(schedule: Schedule, known: Bool[Tensor, "*batch c h w"]) -> Schedule:
     """The same schedule, but for components that are known: those are never noised, gamma_i(t) = gamma_i(0).
 
@@ -375,6 +409,7 @@ def held(schedule: Schedule, known: Bool[Tensor, "*batch c h w"]) -> Schedule:
     return Schedule(gamma, schedule.shape, schedule.kinks, batch)
 
 
+@door
 def patch_order(shape: Shape, size: int) -> PerComponent:
     """An ordering (c, h, w) by square patches in raster order, 0 = top left, for `sequential`.
 
@@ -388,12 +423,16 @@ def patch_order(shape: Shape, size: int) -> PerComponent:
     return index.repeat_interleave(size, 0).repeat_interleave(size, 1).expand(c, h, w)
 
 
+@door
 def rescaled(schedule: Schedule, scale: PerComponent) -> Schedule:
     """The schedule that does with prior scale 1 what `schedule` does with prior scales S: gamma_i + 2 log S_i.
 
     Prior and schedule are partly redundant: both processes have the same SNR_i(t) and, up to a deterministic factor for
     each component, the same paths.
     """
+    checks.positive("scale", scale)
+    if tuple(scale.shape) != schedule.shape:
+        raise ValueError(f"scale must have the schedule's shape, {schedule.shape}; got {tuple(scale.shape)}")
     gamma = schedule.gamma
     return Schedule(lambda t: gamma(t[..., 0, 0, 0]) + 2 * scale.log().to(t), schedule.shape, schedule.kinks)
 
@@ -408,6 +447,7 @@ def rising(**values: float) -> None:
             raise ValueError(f"{other} must be above {name}, {low}; got {high}")
 
 
+@inner
 def shape_of(components: Order) -> Shape:
     """The shape (c, h, w) of a label or a variance of components."""
     c, h, w = components.shape

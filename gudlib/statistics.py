@@ -21,6 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from gudlib import checks
+from gudlib.doors import door, inner
 
 Images = Float[Tensor, "b c h w"] | UInt8[Tensor, "b c h w"]
 Plane = tuple[int, int]  # the dimensions that hold height and width
@@ -30,11 +31,13 @@ CHUNK = 1024  # images at a time
 SYMMETRIES = ("none", "mirror", "all")
 
 
+@inner
 def centres(images: Images) -> Float[Tensor, "b c h w"]:
     """Grey levels at their centres, (x + 1/2) / 128 - 1, float32 and exact; floating-point images as they are."""
     return images if images.is_floating_point() else (images.float() + 0.5) / 128 - 1
 
 
+@inner
 def mirrored(images: Images, symmetries: str = "none") -> Float[Tensor, "gb c h w"] | UInt8[Tensor, "gb c h w"]:
     """Images (b, c, h, w) and all that symmetries make of them, (gb, c, h, w).
 
@@ -51,6 +54,7 @@ def mirrored(images: Images, symmetries: str = "none") -> Float[Tensor, "gb c h 
     return images
 
 
+@inner
 def randomly_mirrored(images: Images, symmetries: str, generator: torch.Generator) -> Images:
     """Each image (b, c, h, w) after one of its symmetries, drawn at random; what `mirrored` gives all of.
 
@@ -63,6 +67,7 @@ def randomly_mirrored(images: Images, symmetries: str, generator: torch.Generato
     return images
 
 
+@door
 def covariance(
     images: Images, symmetries: str = "none", per_channel: bool = False
 ) -> tuple[Float[Tensor, "c h w"], Float[Tensor, "g n n"]]:

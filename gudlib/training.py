@@ -48,6 +48,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from gudlib import checks, devices, statistics
 from gudlib.data import dequantise, scale
 from gudlib.denoiser import Denoiser, describe
+from gudlib.doors import door, inner
 from gudlib.families import Draw, Family, stratified_times
 from gudlib.files import read_tensors, write_tensors
 from gudlib.networks import Transformer, UNet
@@ -114,6 +115,7 @@ class Record:
         seconds: that the host spent on this step.
     """
 
+    @inner
     def __init__(self, step: int, loss: Tensor, by_group: Tensor, lr: float, seconds: float) -> None:
         self.step, self.lr, self.seconds = step, lr, seconds
         self._loss, self._by_group = loss, by_group
@@ -133,6 +135,7 @@ class Record:
 
 
 @torch.no_grad()
+@door
 def evaluate(
     model: Model, white: Batch, schedule: Schedule, generator: torch.Generator, chunk: int = 256
 ) -> Float[Tensor, "c h w"]:
@@ -144,16 +147,23 @@ def evaluate(
         schedule: along which they are noised.
         generator: of times and noise; the same seed compares models on the same draws.
         chunk: images at a time.
+
+    Raises:
+        ValueError: for a chunk below 1.
     """
+    chunk, white = checks.whole("chunk", chunk), checks.single(white)
+    if tuple(white.shape[1:]) != schedule.shape:
+        raise ValueError(f"white must have the schedule's shape (n, *{schedule.shape}); got {checks.what(white)}")
     total = torch.zeros_like(white[0])
     shuffled = torch.randperm(len(white), generator=generator, device=generator.device)
     for part, t in zip(white[shuffled].split(chunk), stratified_times(len(white), generator).split(chunk), strict=True):
         eps = torch.randn(part.shape, generator=generator, device=generator.device, dtype=part.dtype)
         gamma = schedule.gamma(t).to(part)
         total += (eps - model(diffuse(part, gamma, eps), gamma)).square().sum(0)
-    return total / len(white)
+    return checks.finite("errors of the model on white", total / len(white))
 
 
+@inner
 def stream_seed(seed: int, index: int) -> int:
     """One of torch's seeds for each step of each run."""
     return (seed * 1_000_003 + index) % checks.SEEDS
@@ -176,6 +186,7 @@ class Loop(ABC):
             symmetries of the square without being one.
     """
 
+    @door
     def __init__(
         self,
         denoiser: Denoiser,
@@ -235,6 +246,7 @@ class Loop(ABC):
     def loss(self, index: int) -> tuple[Tensor, Tensor]:
         """Weighted loss, and squared noise errors (b, c, h, w), on the batch that belongs to step `index`."""
 
+    @inner
     def stream(self, index: int) -> torch.Generator:
         """The randomness of step `index`: a stream of its own for every step leaves nothing to store for a resume."""
         return torch.Generator(self.accelerator.device).manual_seed(stream_seed(self.config.seed, index))
@@ -247,6 +259,7 @@ class Loop(ABC):
             torch.manual_seed(~generator.initial_seed())  # masks that know nothing of the noise
             yield
 
+    @inner
     def data(self, which: Int64[Tensor, " b"], generator: torch.Generator) -> Batch:
         """Those images as data (b, c, h, w): after a random symmetry; grey levels dequantised or not, as configured."""
         images = statistics.randomly_mirrored(self.images[which], self.config.symmetries, generator)
@@ -264,6 +277,7 @@ class Loop(ABC):
             weight = rate * (1 + (4 - (gamma - 4).abs()).exp() / self._white_variance)
         return (weight * error).mean() / rate.mean()
 
+    @door
     def save(self, path: str | Path) -> None:
         """Write the whole state to one file, atomically."""
         if not self.accelerator.is_main_process:
@@ -274,6 +288,7 @@ class Loop(ABC):
             tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
         write_tensors(path, tensors, self._header() | {"step": self.step})
 
+    @door
     def restore(self, path: str | Path) -> None:
         """Continue from a file written by `save`.
 
@@ -356,6 +371,7 @@ class Trainer(Loop):
         ValueError: as `Loop`, and if the checkpoint was trained along other schedules.
     """
 
+    @door
     def __init__(
         self,
         denoiser: Denoiser,
@@ -374,6 +390,7 @@ class Trainer(Loop):
             self._schedules = probe({"gamma": drawn.gamma(torch.linspace(0, 1, 4, dtype=torch.float64, device=device))})
         super().__init__(denoiser, images, denoiser.basis.shape, config, checkpoint)
 
+    @inner
     def loss(self, index: int) -> tuple[Tensor, Tensor]:
         """Weighted loss, and squared noise errors (b, c, h, w), on the batch that belongs to step `index`."""
         n, device, generator = self.config.batch, self.accelerator.device, self.stream(index)
@@ -417,6 +434,7 @@ def code() -> str:
     return hashlib.sha256(json.dumps(sorted(seen.items())).encode()).hexdigest()[:16]
 
 
+@door
 def probe(tensors: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """Of each tensor its norm, and its part along a fixed direction, by which a run tells what it was made for.
 

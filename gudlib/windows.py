@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from gudlib import checks, samplers
 from gudlib.denoiser import Denoiser
+from gudlib.doors import door, inner
 from gudlib.networks import Cache, Transformer
 from gudlib.process import Process
 from gudlib.samplers import Samples
@@ -28,6 +29,7 @@ from gudlib.schedules import Schedule
 METHODS = ("ancestral", "ddim")  # which ask the model at a step's start alone
 
 
+@door
 def annealed(count: int, first: int, last: int) -> Float[Tensor, " k"]:
     """Times for patches one after another, of which the first gets `first` steps and the last `last`.
 
@@ -48,10 +50,12 @@ def annealed(count: int, first: int, last: int) -> Float[Tensor, " k"]:
 class Window(nn.Module):
     """Some patches of an image as a network of their own, for `Denoiser`: (b k, inputs, p, p) to (b k, c, p, p)."""
 
+    @inner
     def __init__(self, network: Transformer, places: Int64[Tensor, " k"], past: Cache) -> None:
         super().__init__()
         self.network, self.places, self.past = network, places, past
 
+    @inner
     def forward(self, images: Tensor, gamma: Tensor) -> Tensor:
         """As `Transformer.window`."""
         images, gamma = (x.unflatten(0, (-1, len(self.places))) for x in (images, gamma))
@@ -59,6 +63,7 @@ class Window(nn.Module):
 
 
 @torch.no_grad()
+@door
 def generate(
     denoiser: Denoiser,
     schedule: Schedule,

@@ -26,10 +26,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from gudlib import bases, checks, schedules
+from gudlib.doors import door, inner
 from gudlib.schedules import PerComponent, Schedule, Shape, rising, shape_of
 
 Verdict = Literal["exact", "exact after rescaling", "limit", "approximate", "not an instance"]
@@ -42,8 +44,15 @@ class Rescaled(NamedTuple):
     kappa: Tensor
 
 
-def rescale(a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> Rescaled:
-    """The rescaling above, for amplitudes a, b > 0 and prior scales S that broadcast."""
+@door
+def rescale(a: Float[Tensor, "..."], b: Float[Tensor, "..."], scale: Float[Tensor, "..."] | float = 1.0) -> Rescaled:
+    """The rescaling above, for amplitudes a, b and prior scales S that broadcast.
+
+    Raises:
+        ValueError: if one of them is not above 0.
+    """
+    for name, values in {"a": a, "b": b, "scale": torch.as_tensor(scale)}.items():
+        checks.positive(name, values)
     noise = b / scale
     return Rescaled(2 * (noise / a).log(), (a**2 + noise**2).rsqrt())
 
@@ -55,6 +64,7 @@ class Weighting:
     formula: str
     function: Callable[[Tensor, Tensor], Tensor]
 
+    @inner
     def __call__(self, gamma: Tensor, dgamma_dt: Tensor) -> Tensor:
         """The weight, of gamma's shape."""
         return self.function(gamma, dgamma_dt)
@@ -96,6 +106,7 @@ class System:
 # One noise schedule for all components
 
 
+@door
 def ddpm(shape: Shape, steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> System:
     """DDPM: betas on a line; t = n / (steps - 1) for the published steps n = 0 .. steps - 1."""
     steps = checks.whole("steps", steps, 2)
@@ -110,6 +121,7 @@ def ddpm(shape: Shape, steps: int = 1000, beta_min: float = 1e-4, beta_max: floa
     )  # fmt: skip
 
 
+@door
 def improved_ddpm(shape: Shape, steps: int = 1000, cap: float = 0.999) -> System:
     """Improved DDPM: the cosine schedule at t = 1 / steps, 2 / steps, ..., with betas of at most `cap`."""
     steps = checks.whole("steps", steps, 2)
@@ -129,6 +141,7 @@ _SCORE_SDE = (
 )
 
 
+@door
 def score_sde_vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0) -> System:
     """The variance-preserving SDE: du = -beta u dt / 2 + sqrt(beta) dW, beta linear in t."""
     return System(
@@ -138,6 +151,7 @@ def score_sde_vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0) ->
     )  # fmt: skip
 
 
+@door
 def score_sde_sub_vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0) -> System:
     """The sub-VP SDE: a as for VP, and b = 1 - exp(-B), the square of VP's."""
     vp = schedules.vp(shape, beta_min, beta_max)
@@ -153,6 +167,7 @@ def score_sde_sub_vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0
     )  # fmt: skip
 
 
+@door
 def score_sde_ve(shape: Shape, sigma_min: float = 0.01, sigma_max: float = 50.0) -> System:
     """The variance-exploding SDE: a = 1, and b geometric from sigma_min to sigma_max, in units of the data."""
     checks.reals(sigma_min=sigma_min, sigma_max=sigma_max)
@@ -164,6 +179,7 @@ def score_sde_ve(shape: Shape, sigma_min: float = 0.01, sigma_max: float = 50.0)
     )  # fmt: skip
 
 
+@door
 def vdm(
     shape: Shape, gamma_min: float = -13.3, gamma_max: float = 5.0, f: Callable[[Tensor], Tensor] = lambda t: t
 ) -> System:
@@ -184,6 +200,7 @@ def vdm(
     )  # fmt: skip
 
 
+@door
 def edm(
     shape: Shape, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
     p_mean: float = -1.2, p_std: float = 1.2,
@@ -219,8 +236,10 @@ def edm(
 _FOURIER = "A Fourier Space Perspective on Diffusion Models, F. Falck et al., 2025, https://arxiv.org/abs/2505.11278"
 
 
+@door
 def equal_snr(variance: PerComponent) -> System:
     """EqualSNR: noise with the data's own spectrum, S_i^2 = C_i, the `variance` of the Fourier components."""
+    checks.positive("variance", variance)
     return System(
         "EqualSNR", "fourier", r"$\sqrt{C_i}$", "as DDPM", "exact",
         "It is the whitened prior with one schedule for all; its weighting we could not verify.",
@@ -228,8 +247,10 @@ def equal_snr(variance: PerComponent) -> System:
     )  # fmt: skip
 
 
+@door
 def flipped_snr(variance: PerComponent) -> System:
     """FlippedSNR: S_i^2 = C_i / C_j, with j the mirror image of i among the ranked variances: weak ones come first."""
+    checks.positive("variance", variance)
     place, flat = variance.flatten().argsort(), variance.flatten()
     mirror = torch.empty_like(flat).scatter(0, place, flat[place.flip(0)]).view_as(variance)
     return System(
@@ -239,6 +260,7 @@ def flipped_snr(variance: PerComponent) -> System:
     )  # fmt: skip
 
 
+@door
 def blurring(shape: Shape, sigma_blur: float = 20.0, floor: float = 0.001, reach: float = 10.0) -> System:
     """Blurring diffusion: cosines of wavenumber k are damped by d = (1 - floor) exp(-k^2 sigma_B^2 / 2) + floor.
 
@@ -262,6 +284,7 @@ def blurring(shape: Shape, sigma_blur: float = 20.0, floor: float = 0.001, reach
     )  # fmt: skip
 
 
+@door
 def mulan(
     a: PerComponent, b: PerComponent, c: PerComponent, gamma_min: float = -13.3, gamma_max: float = 5.0
 ) -> System:
@@ -286,6 +309,7 @@ def mulan(
 # One after another; `order` is the index of each component's token, higher = generated later
 
 
+@door
 def diffusion_forcing(order: PerComponent, steps: int = 100, lag: float = 1.0) -> System:
     """Diffusion forcing's pyramid: in row m of sampling, token n is at level clip(steps + lag n - m, 0, steps)."""
     steps, lag = checks.whole("steps", steps), checks.real("lag", lag)
@@ -300,6 +324,7 @@ def diffusion_forcing(order: PerComponent, steps: int = 100, lag: float = 1.0) -
     )  # fmt: skip
 
 
+@door
 def rolling(order: PerComponent, window: int = 4) -> System:
     """Rolling diffusion: frame k is at its own time clip((k + s) / window, 0, 1) while s slides through the film."""
     frames, window = order.unique().numel(), checks.whole("window", window, 0)
@@ -313,6 +338,7 @@ def rolling(order: PerComponent, window: int = 4) -> System:
     )  # fmt: skip
 
 
+@door
 def mar(order: PerComponent, steps: int = 1000, cap: float = 0.999) -> System:
     """MAR at one token a step: each token runs the improved DDPM schedule to its end before the next one starts."""
     steps = checks.whole("steps", steps, 2)
@@ -327,11 +353,13 @@ def mar(order: PerComponent, steps: int = 1000, cap: float = 0.999) -> System:
     )  # fmt: skip
 
 
+@door
 def wavelet(variance: PerComponent, levels: int = 3, share: float | None = None) -> System:
     """Wavelet score models: Haar bands one after another, coarse first, each normalised and with the VP schedule.
 
     `variance` is that of the components; `share` of the time belongs to each band, 1 / (levels + 1) unless given.
     """
+    checks.positive("variance", variance)
     share = share if share is None else checks.real("share", share, above=0, most=1)
     level = bases.Haar(shape_of(variance), levels).label("level").to(variance.device)
     bands = [level == band for band in level.unique()]
@@ -348,6 +376,7 @@ def wavelet(variance: PerComponent, levels: int = 3, share: float | None = None)
 # Not instances; a schedule is that of the nearest one
 
 
+@door
 def cascaded(shape: Shape) -> System:
     """Cascades: a low-resolution model, then super-resolution models. Near them: two Haar bands in turn."""
     return System(
@@ -369,6 +398,7 @@ def subspace() -> System:
     )  # fmt: skip
 
 
+@door
 def heat_dissipation(shape: Shape, blur_min: float = 0.5, blur_max: float = 20.0, noise: float = 0.01) -> System:
     """Inverse heat dissipation: ever more blur, and noise drawn afresh at every level. Near it: its marginals."""
     checks.reals(blur_min=blur_min, blur_max=blur_max, noise=noise)
@@ -388,6 +418,7 @@ def heat_dissipation(shape: Shape, blur_min: float = 0.5, blur_max: float = 20.0
     )  # fmt: skip
 
 
+@door
 def everything(shape: Shape, variance: Callable[[bases.Basis], PerComponent]) -> list[System]:
     """All systems with their published settings, for images of `shape`; a quarter of its height must divide both sides.
 

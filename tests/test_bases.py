@@ -376,7 +376,7 @@ def test_wrong_shapes_are_refused_with_both_shapes(kind):
         for wrong in ((2, 1, 6, 4), (1, 4, 6), (2, 3, 4, 6)):
             with pytest.raises(ValueError, match=what) as error:
                 map_(torch.zeros(wrong))
-            assert "(batch, 1, 4, 6)" in str(error.value) and str(wrong) in str(error.value)
+            assert "(b, 1, 4, 6)" in str(error.value) and str(wrong) in str(error.value)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -421,7 +421,7 @@ def test_groups_follow_the_label_keep_ties_together_and_leave_no_gap(n, count, t
 
 @pytest.mark.usefixtures("unchecked")
 def test_integer_images_are_refused_rather_than_truncated():
-    with pytest.raises(ValueError, match="floating point.*uint8"):
+    with pytest.raises(ValueError, match="floating numbers.*uint8.*gudlib.data.scale"):
         bases.DCT((1, 4, 4))(torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
 
 
@@ -459,7 +459,9 @@ def test_a_matrix_that_is_not_orthonormal_is_refused():
     skewed = rows.clone()
     skewed[0, 3] += 0.01 * skewed[0, 5]
     for wrong in (1.01 * rows, skewed, rows[:, [0, 0, *range(2, 16)]], torch.full_like(rows, torch.nan)):
-        with pytest.raises(ValueError, match=r"matrix must have 16 orthonormal rows; .* off the identity by"):
+        with pytest.raises(
+            ValueError, match=r"matrix must (have 16 orthonormal rows; .* off the identity by|be finite)"
+        ):
             bases.PCA(wrong, (1, 4, 4))
 
 

@@ -247,6 +247,7 @@ PROBES |= {
     "checks.images": lambda d: [checks.images("images", x) for x in (IMAGES.to(d), normals(d))],
     "checks.lattice": lambda d: checks.lattice("fields", torch.ones(2, 3, 3, dtype=torch.half, device=d)),
     "checks.levels": lambda d: checks.levels("images", IMAGES.to(d)),
+    "checks.positive": lambda d: checks.positive("data", normals(d).exp()),
     "checks.single": lambda d: checks.single(normals(d).half()),
     "bases.Basis": lambda d: use_basis(d, "DCT"),
     "bases.PCA: of waves": lambda d: bases.PCA.of_waves(COVARIANCE.to(d)[None], SHAPE)(normals(d)),

@@ -203,7 +203,7 @@ def test_any_images_are_answered_finitely_or_refused_by_name(name):
 
 
 MOVING = ("statistics.mirrored", "statistics.randomly_mirrored", "mar.patchify")  # numbers, whatever they are
-WORDS = ("images", "values", "data", "real", "generated", "pictures", "fields", "height", "train", "test")
+WORDS = ("images", "known", "values", "data", "real", "generated", "pictures", "fields", "height", "train", "test")
 
 
 # Numbers

@@ -223,7 +223,7 @@ def test_impossible_families_are_refused_with_their_values():
     wide = priors.isotropic(priors.Moments(torch.zeros(1, 4, 8), torch.ones(1, 4, 8)))
     for make, message in (
         (lambda: SoftConditioning(PRIOR, (2, 1)), r"a must be \(lowest, highest\); got \(2, 1\)"),
-        (lambda: SoftConditioning(PRIOR, (1.0, math.nan)), "a must be a finite number; got nan"),
+        (lambda: SoftConditioning(PRIOR, (1.0, math.nan)), "a must be .*finite number.*; got \\(1.0, nan\\)"),
         (lambda: SoftConditioning(PRIOR, (1.0,)), r"got \(1.0,\)"),
         (lambda: SoftConditioning(PRIOR, (1.0, 1.0), gamma_min_target=9.0), "gamma_max_target must be above"),
         (lambda: Sequential(PIXEL, PRIOR, []), r"blocks must name at least one of .*; got \[\]"),
@@ -257,7 +257,7 @@ def test_impossible_families_are_refused_with_their_values():
             lambda: Known(soft, PIXEL.label("column")[None] > 1, 1.5),
             "share must be a finite number between 0 and 1; got 1.5",
         ),
-        (lambda: Known(soft, PIXEL.label("column")[None]), r"masks must be bool of shape \(m, 1, 4, 4\)"),
+        (lambda: Known(soft, PIXEL.label("column")[None]), r"masks must be bool of shape \(m, c, h, w\)"),
         (lambda: Known(soft, "holes"), "rectangles or columns, or a tensor; got 'holes'"),
         (lambda: Mixed(soft, columns, -0.1), "got -0.1"),
         (lambda: Mixed(soft, SoftConditioning(wide, (1.0, 1.0)), 0.5), "must have one shape"),

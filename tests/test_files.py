@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
-from gudlib import bases, denoiser, files, priors
+import gudlib
+from gudlib import bases, denoiser, files, mar, priors
+from gudlib.model import GUD
 
 
 def test_what_is_written_is_read_and_nothing_lies_beside_it(tmp_path):
@@ -140,3 +143,40 @@ def test_a_digest_is_of_header_names_and_numbers(tmp_path, old, new):
     (tmp_path / "a").write_bytes(content.replace(old, new, 1))
     with pytest.raises(ValueError, match="a is not a complete gudlib checkpoint: it is not as it was written"):
         files.read_tensors(tmp_path / "a")
+
+
+@pytest.mark.parametrize("path", sorted(files.CHECKPOINTS.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_a_flipped_bit_of_a_shipped_checkpoint_is_noticed(path, tmp_path):
+    content, generator = path.read_bytes(), random.Random(0)
+    assert files.read_tensors(path)[0]
+    start = 8 + int.from_bytes(content[:8], "little")
+    for place in (start, len(content) - 1, generator.randrange(start, len(content))):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << generator.randrange(8)
+        (tmp_path / path.name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path.name} is not a complete .* not as it was written"):
+            files.read_tensors(tmp_path / path.name)
+
+
+def test_a_file_of_a_later_format_says_which_version_wrote_it(tmp_path, monkeypatch):
+    path = tmp_path / "later"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "FORMAT", files.FORMAT + 1)
+        patch.setattr(files, "__version__", "9.1")
+        patch.setattr(files, "_digest", lambda *_: "as it is done then")
+        files.write_tensors(path, {"weight": torch.ones(3)}, {"card": {}})
+    for read in (files.read_tensors, denoiser.load, mar.load, GUD.load):
+        with pytest.raises(ValueError, match=f"later was written by gudlib 9.1, this is {gudlib.__version__}: upgrade"):
+            read(path)
+
+
+def test_a_file_from_before_formats_and_digests_is_read(tmp_path):
+    (tmp_path / "old").write_bytes(save({"weight": torch.ones(3)}, {"header": '{"steps": 3}'}))
+    tensors, header = files.read_tensors(tmp_path / "old")
+    assert torch.equal(tensors["weight"], torch.ones(3)) and header == {"steps": 3}
+
+
+def test_a_file_that_tells_its_format_has_a_digest(tmp_path):
+    (tmp_path / "none").write_bytes(save({"weight": torch.ones(3)}, {"header": '{"format": 1}'}))
+    with pytest.raises(ValueError, match="none is not a complete gudlib checkpoint"):
+        files.read_tensors(tmp_path / "none")

@@ -117,10 +117,10 @@ def test_a_classifier_can_be_trained_again():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: metrics.features("vgg"), ValueError, "features must be fashion or inception; got 'vgg'"),
+        (lambda: metrics.features("vgg"), ValueError, "name must be one of .'fashion', 'inception'.; got 'vgg'"),
         (lambda: metrics.frechet(normal(1), normal(9), Pixels()), ValueError, "at least 2 .* got 1 and 9"),
         (lambda: metrics.coverage(normal(3), normal(9), Pixels()), ValueError, "at least 4 .* got 3 and 9"),
-        (lambda: metrics.frechet(normal(9), normal(9, shape=(1, 2, 2)), Pixels()), ValueError, "must have one shape"),
+        (lambda: metrics.frechet(normal(9), normal(9, shape=(1, 2, 2)), Pixels()), ValueError, "generated must"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused(call, error, message):

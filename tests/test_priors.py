@@ -248,9 +248,9 @@ def test_bad_input_is_refused_with_what_was_given():
     with pytest.raises(ValueError, match=r"\(2, 3, 4\); got \(1, 3, 4\)"):
         priors.Prior(m, torch.ones(1, 3, 4))
     for bad in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="step must be above 0 and finite; got"):
+        with pytest.raises(ValueError, match="step must be (above 0 and finite|a finite number); got"):
             priors.isotropic(m).ranked(bad)
-        with pytest.raises(ValueError, match="must be .*(positive and finite|finite number above 0)"):
+        with pytest.raises(ValueError, match="must be .*(positive and finite|finite number)"):
             priors.isotropic(m, bad)
     for wrong in (k[:1], -k, 0 * k):
         with pytest.raises(ValueError, match="wavenumber"):

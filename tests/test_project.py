@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
 
 # A module may import those before it. Leaves import none; siblings don't know one another.
-ORDER = """files devices checks lattice statistics bases priors schedules families process exact zoo networks data
+ORDER = """files devices checks doors lattice statistics bases priors schedules families process exact zoo networks data
     importance likelihood references denoiser training samplers windows baselines metrics mar.networks mar.model
     mar.training mar.sampling mar.likelihood mar.mixtures mar designs plotting model book book.claims book.parameters
     book.notebooks book.runs book.doctor __main__""".split()

@@ -530,7 +530,7 @@ def errors():
     return {
         "histograms of grey levels are for pixels; the basis is 'haar'": lambda: Histograms.fit(haar, prior, images, 2),
         "weight must not be negative": lambda: Histograms(basis, prior, -torch.ones(2, 1, 4, 4, 256)),
-        r"and of shape \(L, 1, 4, 4": lambda: PatchHistograms(basis, prior, torch.ones(1, 4, 4, 256)),
+        r"weight must be .* \(l, c, p, p, 256": lambda: PatchHistograms(basis, prior, torch.ones(1, 4, 4, 256)),
         "are for pixels; the basis is 'blocks'": lambda: PatchHistograms(blocks, prior, torch.ones(1, 1, 4, 4, 256)),
         "places must be 3 of 0 .. 3, .*got none": lambda: PatchHistograms.fit(corner, cells, images)(z, z[:1] * 0),
         "places must be 3 of 0 .. 3, .*got 2": lambda: (

@@ -500,7 +500,7 @@ def test_impossible_requests_are_refused_with_their_values():
         (dict(grid=torch.tensor([1.0, 0.5])), r"fall from 1 to 0; got tensor\(\[1.0000, 0.5000\]\)"),
         (dict(grid=torch.tensor([0.9, 0.0])), "fall from 1 to 0"),
         (dict(grid=torch.tensor([1.0, 0.5, 0.5, 0.0])), "fall from 1 to 0"),
-        (dict(grid=torch.tensor([[1.0, 0.0]])), "fall from 1 to 0"),
+        (dict(grid=torch.tensor([[1.0, 0.0]])), "grid must be floating"),
         (dict(grid=torch.tensor([0.0])), "fall from 1 to 0"),
         (dict(grid=torch.tensor([1.0, 0.5, 0.0]), keep=4), "between 2 and steps . 1 = 3; got 4"),
         (dict(keep=1), "between 2 and steps . 1 = 6; got 1"),

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gudlib import checks, likelihood
+from gudlib.doors import door
 from gudlib.mar.model import patchify, permutations, white_tokens
 from gudlib.mar.networks import Labels, Permutation, Tokens
 from gudlib.process import Batch, Model, Process
@@ -34,6 +35,7 @@ class ChainRuleLikelihood(likelihood.Likelihood):
 
 
 @torch.no_grad()
+@door
 def chain_rule_bound(
     conditional: Conditional,
     process: Process,
@@ -69,10 +71,13 @@ def chain_rule_bound(
         ValueError: if cuts do not rise from 0 to L, or the images are not of patches; and as `likelihood.bound`.
     """
     checks.data("data", data)
+    draws, chunk, seed = checks.whole("draws", draws), checks.whole("chunk", chunk), checks.seed("seed", seed)
     if data.shape[1] != (channels := process.schedule.shape[0]):
         raise ValueError(f"data must have {channels} channels, as the process has; got shape {tuple(data.shape)}")
     tokens = white_tokens(process.basis, process.prior, data.double())
     n, count = tokens.shape[:2]
+    if labels is not None and len(labels) != n:
+        raise ValueError(f"labels must be {n}, one for each image; got {len(labels)}")
     if [cuts[0], cuts[-1]] != [0, count] or any(a >= b for a, b in pairwise(cuts)):
         raise ValueError(f"cuts must rise from 0 to the number of tokens, {count}; got {list(cuts)}")
     shape = process.schedule.shape

@@ -31,6 +31,7 @@ from torch.nn import functional
 
 from gudlib import checks, denoiser
 from gudlib.data import dequantise
+from gudlib.doors import door, inner
 from gudlib.likelihood import bits_per_dim
 from gudlib.mar.model import Autoregressor, permutations
 from gudlib.mar.networks import Labels, Network, Permutation, Tokens
@@ -51,6 +52,7 @@ class MixtureHead(nn.Module):
         components: k, 1 for `mean`.
     """
 
+    @inner
     def __init__(self, loss: str, dim: int, context: int, width: int, depth: int, components: int) -> None:
         super().__init__()
         self.loss, self.dim, self.components = loss, dim, components
@@ -62,6 +64,7 @@ class MixtureHead(nn.Module):
         self.log_spread = nn.Parameter(spread) if loss == "mean" else nn.Buffer(spread)
         self.centres = nn.Buffer(torch.zeros(components if loss == "code" else 0, dim))
 
+    @inner
     def forward(self, z: Float[Tensor, "*n context"]) -> MixtureSameFamily:
         """p(x | z) of white tokens (*n, D)."""
         y, spread = self.body(z), self.log_spread.exp()
@@ -91,6 +94,7 @@ class MixtureNetwork(Network):
         ValueError: for an unknown loss, components below 1 or other than 1 for `mean`, and as `Network`.
     """
 
+    @door
     def __init__(
         self, loss: str, kind: str, image: Sequence[int], size: int, components: int = 1, **options: object
     ) -> None:
@@ -102,6 +106,7 @@ class MixtureNetwork(Network):
         self.head = MixtureHead(loss, image[0] * size**2, self.config["width"], width, depth, components)  # type: ignore[assignment]
         self.float()
 
+    @inner
     def forward(  # type: ignore[override]
         self,
         tokens: Tokens,
@@ -115,6 +120,7 @@ class MixtureNetwork(Network):
         return self.head(self.trunk(tokens, permutation, start, stop, labels, cache))
 
 
+@door
 def codewords(tokens: Float[Tensor, "n d"], k: int, seed: int = 0, rounds: int = 20) -> Float[Tensor, "k d"]:
     """The centres of `k` clusters of white tokens, by k-means from k-means++ beginnings.
 
@@ -138,6 +144,7 @@ class MixtureAutoregressor(Autoregressor):
 
     network: MixtureNetwork
 
+    @door
     def fit_codewords(self, images: UInt8[Tensor, "n c h w"], sample: int = 20_000, seed: int = 0) -> None:
         """Codewords for a head `code`, from a sample of the images' tokens, dequantised."""
         head, generator = self.network.head, torch.Generator(images.device).manual_seed(seed)
@@ -148,11 +155,13 @@ class MixtureAutoregressor(Autoregressor):
         head.centres.copy_(centres)  # type: ignore[operator]
         head.log_spread.copy_(off.square().mean().sqrt().clamp(min=NARROWEST).log())  # type: ignore[operator]
 
+    @door
     def rounded(self, images: Batch) -> Batch:
         """Data (b, c, h, w) with every token replaced by its codeword: the best that a head `code` can draw."""
         tokens, centres = self.tokens(images), self.network.head.centres
         return self.images(centres[nearest(tokens, centres)])  # type: ignore[index]
 
+    @door
     @torch.no_grad()
     def bits(
         self, images: UInt8[Tensor, "n c h w"], steps: int | None = None, seed: int = 0, chunk: int = 64
@@ -175,6 +184,7 @@ class MixtureAutoregressor(Autoregressor):
             found.append(nats + network.count * self.prior.log_volume)
         return torch.as_tensor(bits_per_dim(torch.cat(found), images[0].numel()))
 
+    @door
     @torch.no_grad()
     def generate(
         self, n: int, generator: torch.Generator, steps: int | None = None, temperature: float = 1.0
@@ -205,6 +215,7 @@ class MixtureTrainer(TokenTrainer):
 
     model: MixtureAutoregressor
 
+    @inner
     def loss(self, index: int) -> tuple[Tensor, Tensor]:
         """The loss, in nats a number, and that of each token (b m, 1, 1, 1), on the batch of step `index`."""
         generator, mine = self.stream(index), self.mine
@@ -223,6 +234,7 @@ class MixtureTrainer(TokenTrainer):
         return nats.mean(), nats.view(-1, 1, 1, 1)
 
 
+@door
 def load(path: str | Path) -> MixtureAutoregressor:
     """The model of a file written by `mar.save`, in float32 on the CPU, ready to draw.
 
@@ -237,6 +249,7 @@ def load(path: str | Path) -> MixtureAutoregressor:
         return MixtureAutoregressor(network, denoiser.saved_reference(tensors, header)).eval()
 
 
+@inner
 def nearest(tokens: Float[Tensor, "*n d"], centres: Float[Tensor, "k d"]) -> Tensor:
     """Which codeword is nearest to each token, (*n)."""
     return torch.cdist(tokens.flatten(0, -2), centres).argmin(1).view(tokens.shape[:-1])

@@ -1,6 +1,6 @@
 """An autoregressor: a network with the basis and prior of its tokens, and the file it is kept in."""
 
-from collections.abc import Sequence
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch.nn import functional
 
 from gudlib import bases, checks, denoiser, priors
 from gudlib.denoiser import Denoiser
+from gudlib.doors import door, inner
 from gudlib.mar.networks import KINDS, Cache, Labels, Network, Permutation, Tokens, patch_count
 from gudlib.process import Batch, Gamma, Model, Process
 from gudlib.references import PatchHistograms, Reference
 from gudlib.schedules import Schedule
 
 
+@inner
 def patchify(images: Batch, size: int) -> Tokens:
     """Square patches of images (b, c, h, w) in reading order, each flattened from (c, size, size).
 
@@ -29,8 +31,16 @@ def patchify(images: Batch, size: int) -> Tokens:
     return functional.pixel_unshuffle(images, size).flatten(2).mT
 
 
-def unpatchify(tokens: Tokens, shape: Sequence[int], size: int) -> Batch:
-    """Images of one shape (c, h, w) from their patches; the inverse of `patchify`."""
+@inner
+def unpatchify(tokens: Tokens, shape: tuple[int, int, int], size: int) -> Batch:
+    """Images of one shape (c, h, w) from their patches; the inverse of `patchify`.
+
+    Raises:
+        ValueError: if the patch size does not divide the shape, or tokens are not as many and as large as it says.
+    """
+    size, (c, h, w) = checks.whole("size", size), shape
+    if tokens.shape[1:] != (patch_count(h, w, size), c * size**2):
+        raise ValueError(f"tokens must be the patches of {size} of images {tuple(shape)}; got {checks.what(tokens)}")
     return functional.pixel_shuffle(tokens.mT.unflatten(2, (shape[1] // size, shape[2] // size)), size)
 
 
@@ -41,6 +51,7 @@ class Conditioned(nn.Module):
         super().__init__()
         self.network, self.context = network, context
 
+    @inner
     def forward(self, images: Float[Tensor, "n inputs p p"], gamma: Float[Tensor, "n c p p"]) -> Tensor:
         """Its answer."""
         return self.network(images, gamma, *self.context)
@@ -57,6 +68,7 @@ class Autoregressor(nn.Module):
         ValueError: if the reference is not of such patches, or of another number of them.
     """
 
+    @door
     def __init__(self, network: Network, reference: Reference) -> None:
         super().__init__()
         shape = (network.image[0], network.size, network.size)
@@ -78,19 +90,24 @@ class Autoregressor(nn.Module):
         """m and S of its components."""
         return self.reference.prior
 
+    @inner
     def process(self, schedule: Schedule) -> Process:
         """The diffusion of one token."""
         return Process(self.basis, self.prior, schedule)
 
+    @inner
     def tokens(self, images: Batch) -> Tokens:
         """White tokens (b, L, D) of images (b, c, h, w)."""
         return white_tokens(self.basis, self.prior, images)
 
+    @inner
     def images(self, tokens: Tokens) -> Batch:
         """Images of white tokens; the inverse of `tokens`."""
+        self._fits(tokens)
         data = self.basis.inverse(self.prior.unwhiten(tokens.reshape(-1, *self.basis.shape)))
         return unpatchify(data.reshape(tokens.shape), self.network.image, self.network.size)
 
+    @inner
     def conditional(
         self,
         tokens: Tokens,
@@ -114,6 +131,8 @@ class Autoregressor(nn.Module):
             guidance: w, of eps_none + w (eps_label - eps_none).
             cache: the trunk's, if tokens are asked for one after another.
         """
+        self._fits(tokens)
+        start, stop = checks.whole("start", start, 0), checks.whole("stop", stop, 1, self.network.count)
         none = permutation.new_full((len(permutation),), self.network.classes)
         labels, tokens = none if labels is None else labels, tokens.float()
         places = permutation[:, start:stop].flatten()
@@ -135,15 +154,22 @@ class Autoregressor(nn.Module):
 
         return guided
 
+    def _fits(self, tokens: Tokens) -> None:
+        wanted = self.network.count, math.prod(self.basis.shape)
+        if tuple(tokens.shape[1:]) != wanted:
+            raise ValueError(f"tokens must have shape (b, {wanted[0]}, {wanted[1]}); got {checks.what(tokens)}")
+
     def _denoiser(self, z: Float[Tensor, "b m width"], places: Int64[Tensor, " n"]) -> Denoiser:
         return Denoiser(Conditioned(self.network.head, z.flatten(0, 1)), self.reference.at(places))
 
 
+@door
 def save(model: Autoregressor, path: str | Path, half: bool = False, card: dict[str, Any] | None = None) -> None:
     """Write a model to one safetensors file, as `denoiser.save`, whose arguments these are."""
     denoiser.save(Denoiser(model.network, model.reference), path, half, card)
 
 
+@door
 def load(path: str | Path) -> Autoregressor:
     """The model of a file written by `save`, in float32 on the CPU, ready to sample.
 
@@ -161,19 +187,23 @@ def load(path: str | Path) -> Autoregressor:
         return Autoregressor(network, reference).eval()
 
 
+@inner
 def white_tokens(basis: bases.Basis, prior: priors.Prior, images: Batch) -> Tokens:
     """White tokens (b, L, D) of images (b, c, h, w), in a basis and prior of patches."""
     raw = patchify(images, basis.shape[-1])
     return prior.whiten(basis(raw.reshape(-1, *basis.shape))).reshape(raw.shape)
 
 
+@inner
 def permutations(raster: bool, n: int, count: int, generator: torch.Generator) -> Permutation:
     """Reading order, or a new random order for each image, (n, count)."""
+    n, count = checks.whole("n", n), checks.whole("count", count)
     if raster:
         return torch.arange(count, device=generator.device).expand(n, -1)
     return torch.rand(n, count, generator=generator, device=generator.device).argsort(1)
 
 
+@inner
 def check_labels(labels: Labels | None, n: int, classes: int) -> None:
     """Raise a ValueError unless labels are n integers below `classes`, or none."""
     if labels is None:

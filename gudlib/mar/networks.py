@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gudlib import checks
+from gudlib.doors import door, inner
 from gudlib.networks import GammaGroups
 
 KINDS = ("raster", "random", "masked")
@@ -32,6 +33,7 @@ Labels = Int64[Tensor, " b"]
 Cache = list[list[Tensor]]
 
 
+@door
 def patch_count(height: int, width: int, size: int) -> int:
     """How many squares of side `size` make an image.
 
@@ -218,6 +220,7 @@ class Network(nn.Module):
             does not divide the image, or heads that don't the width.
     """
 
+    @door
     def __init__(
         self, kind: str, image: Sequence[int], size: int, classes: int = 0, width: int = 128, depth: int = 2,
         heads: int = 4, buffer: int = 4, head: Sequence[int] = (3, 128), dropout: float = 0.1,
@@ -241,7 +244,7 @@ class Network(nn.Module):
             "heads": heads, "buffer": buffer, "head": list(head), "dropout": dropout,
         }  # fmt: skip
         token = (image[0], size, size)
-        self.kind, self.image, self.size, self.classes = kind, tuple(image), size, classes
+        self.kind, self.image, self.size, self.classes = kind, (image[0], image[1], image[2]), size, classes
         self.count = patch_count(image[1], image[2], size)
         options = self.count, math.prod(token), classes, width, depth, heads, dropout
         self.trunk = Masked(*options, buffer) if kind == "masked" else Causal(*options)
@@ -256,6 +259,7 @@ class Network(nn.Module):
             nn.init.zeros_(part.weight)  # type: ignore[arg-type]
         self.float()  # whatever torch's default is
 
+    @inner
     def forward(
         self,
         images: Tensor,

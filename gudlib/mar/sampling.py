@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from gudlib import checks, samplers
+from gudlib.doors import door, inner
 from gudlib.mar.model import Autoregressor, check_labels, permutations
 from gudlib.mar.networks import Labels, Permutation, Tokens
 from gudlib.process import Batch
 from gudlib.schedules import Schedule
 
 
+@door
 def unmasking(count: int, steps: int) -> list[int]:
     """How many of `count` tokens are known before each of `steps` steps, and at the end: few at first, then many.
 
@@ -39,6 +41,7 @@ def unmasking(count: int, steps: int) -> list[int]:
 
 
 @torch.no_grad()
+@door
 def generate(
     model: Autoregressor,
     schedule: Schedule,
@@ -91,6 +94,7 @@ def generate(
     return in_order(model, n, cuts, generator, draw)
 
 
+@door
 def rounds(kind: str, count: int, steps: int | None) -> list[int]:
     """How many of `count` tokens are known before each of `steps` steps, and at the end; None for one token a step.
 
@@ -103,6 +107,7 @@ def rounds(kind: str, count: int, steps: int | None) -> list[int]:
     return cuts
 
 
+@inner
 def in_order(
     model: Autoregressor,
     n: int,

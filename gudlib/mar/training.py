@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gudlib import checks
 from gudlib.denoiser import Denoiser
+from gudlib.doors import door, inner
 from gudlib.families import stratified_times
 from gudlib.mar.model import Autoregressor, Conditioned, check_labels, permutations
 from gudlib.mar.networks import Labels, Permutation, Tokens
@@ -20,12 +21,15 @@ from gudlib.schedules import Schedule
 from gudlib.training import Data, Loop, TrainingConfig, probe, stream_seed
 
 
+@door
 def mask_ratio(lowest: float, spread: float, generator: torch.Generator) -> float:
     """A share of tokens to mask: normal of mean 1 and standard deviation `spread`, confined to [lowest, 1].
 
     Published are 0.7 and 0.25. Bounds need a model that has seen every number of known tokens: lowest 0 and a wide
     spread (10 is uniform for all purposes, while 0.25 leaves 1 % of all draws below 0.36).
     """
+    checks.real("lowest", lowest, least=0, most=1)
+    checks.real("spread", spread, above=0)
     low = torch.special.ndtr(torch.tensor((lowest - 1) / spread, dtype=torch.float64))
     u = torch.rand((), generator=generator, dtype=torch.float64)
     return 1 + spread * float(torch.special.ndtri(low + (0.5 - low) * u))
@@ -73,6 +77,7 @@ class TokenTrainer(Loop):
 
     config: MarTrainingConfig
 
+    @inner
     def __init__(
         self,
         model: Autoregressor,
@@ -91,6 +96,7 @@ class TokenTrainer(Loop):
         self.model = model.to(self.images.device)
         self.labels = None if labels is None else labels.to(self.images.device)
 
+    @inner
     def batch(self, index: int, generator: torch.Generator) -> tuple[Tokens, Permutation, int, Labels]:
         """Of step `index`: white tokens, their order, how many are known to a masked trunk, labels, some withheld."""
         s, network, device = self.config, self.model.network, self.images.device
@@ -131,6 +137,7 @@ class MarTrainer(TokenTrainer):
         ValueError: as `TokenTrainer`.
     """
 
+    @inner
     def __init__(
         self,
         model: Autoregressor,
@@ -143,6 +150,7 @@ class MarTrainer(TokenTrainer):
         self.schedule = schedule
         super().__init__(model, images, labels, config, checkpoint)
 
+    @inner
     def loss(self, index: int) -> tuple[Tensor, Tensor]:
         """Weighted loss, and squared noise errors (b m repeats, c, p, p), on the batch of step `index`."""
         s, device, generator, mine = self.config, self.images.device, self.stream(index), self.mine
