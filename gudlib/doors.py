@@ -149,7 +149,10 @@ def _number_or_infinity(value: Any, _: Sizes) -> Any:
 
 def _whole(value: Any, _: Sizes) -> Any:
     value = checks.python(value)
-    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else _NO
+    try:
+        return _NO if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return _NO
 
 
 def _shape(value: Any, sizes: Sizes) -> Any:

@@ -269,6 +269,7 @@ class Sequential(Family):
     @inner
     def random_orders(self, n: int, generator: torch.Generator) -> Int64[Tensor, "n count"]:
         """An order of the patches for each of n images, for `schedule`: all permutations are as likely."""
+        n = checks.whole("n", n)
         keys = torch.rand(n, self.count, generator=generator, dtype=torch.float64, device=generator.device)
         return keys.argsort(1)
 

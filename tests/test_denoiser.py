@@ -337,7 +337,11 @@ STRANGE = {
 def test_a_strange_file_is_refused_by_its_name(name, load, tmp_path):
     path = tmp_path / "strange.safetensors"
     denoiser.save(small(), path)
-    files.write_tensors(path, *STRANGE[name](*files.read_tensors(path)))
+    tensors, header = STRANGE[name](*files.read_tensors(path))
+    if isinstance(header, dict):
+        files.write_tensors(path, tensors, header)
+    else:
+        save_file(tensors, path, {"header": json.dumps(header)})
     with pytest.raises(ValueError, match=re.escape(str(path))):
         load(path)
 

@@ -147,7 +147,7 @@ def test_mixtures_that_do_not_fit_are_refused():
         GaussianMixture(model.means, model.covariances[:2])
     with pytest.raises(ValueError, match=r"weights must be .* \(3,\)"):
         GaussianMixture(model.means, model.covariances, model.weights[:2])
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="weights must be above 0"):
         GaussianMixture(model.means, model.covariances, torch.tensor([1.0, 0.0, 1.0]))
     with pytest.raises(ValueError, match=r"6 components; got shape \(2, 1, 2, 4\)"):
         model(randn(2, 1, 2, 4), randn(2, 1, 2, 4))

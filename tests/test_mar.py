@@ -39,6 +39,7 @@ def pictures(n=64):
 
 
 LABELS = torch.arange(64) % 3
+LINE = schedules.linear((1, 2, 2), -7, 5)
 
 
 def cosine(model):
@@ -900,13 +901,15 @@ REFUSED = {
     "masking's lowest ratio must be .*; got 1.0": lambda: mar.MarTrainingConfig(masking=(1.0, 0.25)),
     "masking's spread must be a finite number above 0; got 0": lambda: mar.MarTrainingConfig(masking=(0.7, 0)),
     "batch must be at least 1; got 0": lambda: mar.MarTrainingConfig(batch=0),
-    "labels must be given .* it has 3": lambda: mar.MarTrainer(build("raster"), pictures(), None, None, QUICK),
+    "labels must be given .* it has 3": lambda: mar.MarTrainer(build("raster"), pictures(), None, LINE, QUICK),
     "labels must be given .* it has 0": lambda: mar.MarTrainer(
-        build("raster", classes=0), pictures(), LABELS, None, QUICK
+        build("raster", classes=0), pictures(), LABELS, LINE, QUICK
     ),
-    "labels must be 64 integers": lambda: mar.MarTrainer(build("raster"), pictures(), LABELS[1:], None, QUICK),
+    r"labels must be int64 of shape \(64,\)": lambda: mar.MarTrainer(
+        build("raster"), pictures(), LABELS[1:], LINE, QUICK
+    ),
     r"uint8 of shape \(n, 1, 6, 4\); got torch.uint8 of shape \(64, 1, 6, 2\)": lambda: mar.MarTrainer(
-        build("raster", classes=0), pictures()[..., :2], None, None, QUICK
+        build("raster", classes=0), pictures()[..., :2], None, LINE, QUICK
     ),
     r"cuts must rise from 0 to the number of tokens, 6; got \[0, 3, 3, 6\]": lambda: bounded([0, 3, 3, 6]),
     r"got \[1, 6\]": lambda: bounded([1, 6]),

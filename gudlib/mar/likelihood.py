@@ -74,12 +74,13 @@ def chain_rule_bound(
     draws, chunk, seed = checks.whole("draws", draws), checks.whole("chunk", chunk), checks.seed("seed", seed)
     if data.shape[1] != (channels := process.schedule.shape[0]):
         raise ValueError(f"data must have {channels} channels, as the process has; got shape {tuple(data.shape)}")
+    cuts = [checks.whole("cuts", cut, 0) for cut in cuts]
     tokens = white_tokens(process.basis, process.prior, data.double())
     n, count = tokens.shape[:2]
     if labels is not None and len(labels) != n:
         raise ValueError(f"labels must be {n}, one for each image; got {len(labels)}")
     if [cuts[0], cuts[-1]] != [0, count] or any(a >= b for a, b in pairwise(cuts)):
-        raise ValueError(f"cuts must rise from 0 to the number of tokens, {count}; got {list(cuts)}")
+        raise ValueError(f"cuts must rise from 0 to the number of tokens, {count}; got {cuts}")
     shape = process.schedule.shape
     raw = patchify(data, shape[-1])
     generator, rows = torch.Generator(data.device).manual_seed(seed), []

@@ -147,7 +147,9 @@ class MixtureAutoregressor(Autoregressor):
     @door
     def fit_codewords(self, images: UInt8[Tensor, "n c h w"], sample: int = 20_000, seed: int = 0) -> None:
         """Codewords for a head `code`, from a sample of the images' tokens, dequantised."""
-        head, generator = self.network.head, torch.Generator(images.device).manual_seed(seed)
+        head, generator = self.network.head, torch.Generator(images.device).manual_seed(checks.seed("seed", seed))
+        checks.grey("images", images, self.network.image)
+        sample = checks.whole("sample", sample, head.components)  # type: ignore[arg-type]
         tokens = self.tokens(dequantise(images, generator)).flatten(0, 1)
         some = tokens[torch.randperm(len(tokens), generator=generator, device=images.device)[:sample]]
         centres = codewords(some, head.components, seed)
@@ -158,6 +160,7 @@ class MixtureAutoregressor(Autoregressor):
     @door
     def rounded(self, images: Batch) -> Batch:
         """Data (b, c, h, w) with every token replaced by its codeword: the best that a head `code` can draw."""
+        images = checks.data("images", images, self.network.image).float()
         tokens, centres = self.tokens(images), self.network.head.centres
         return self.images(centres[nearest(tokens, centres)])  # type: ignore[index]
 
@@ -170,7 +173,8 @@ class MixtureAutoregressor(Autoregressor):
 
         A masked model's is of one random order for each image; tokens of one step are independent given those before.
         """
-        network, generator = self.network, torch.Generator(images.device).manual_seed(seed)
+        network, chunk = self.network, checks.whole("chunk", chunk)
+        generator = torch.Generator(images.device).manual_seed(checks.seed("seed", seed))
         cuts = rounds(network.kind, network.count, steps) if network.kind == "masked" else [0, network.count]
         found = []
         for part in checks.grey("images", images, network.image).split(chunk):
@@ -252,7 +256,10 @@ def load(path: str | Path) -> MixtureAutoregressor:
 @inner
 def nearest(tokens: Float[Tensor, "*n d"], centres: Float[Tensor, "k d"]) -> Tensor:
     """Which codeword is nearest to each token, (*n)."""
-    return torch.cdist(tokens.flatten(0, -2), centres).argmin(1).view(tokens.shape[:-1])
+    if not len(centres):
+        raise ValueError("centres must be at least one; got none")
+    tokens, centres = checks.single(tokens), checks.single(centres)
+    return torch.cdist(tokens.flatten(0, -2), centres.to(tokens)).argmin(1).view(tokens.shape[:-1])
 
 
 def _drawn(found: MixtureSameFamily, code: bool, temperature: float, generator: torch.Generator) -> Tensor:
