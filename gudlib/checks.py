@@ -77,12 +77,6 @@ def real(
     return number
 
 
-def reals(**values: Any) -> None:
-    """Raise a ValueError unless all are finite numbers; it names the first that is none."""
-    for name, value in values.items():
-        real(name, value)
-
-
 def flag(name: str, value: Any) -> bool:
     """Yes or no.
 

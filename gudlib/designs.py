@@ -254,8 +254,8 @@ class _ToldTime(nn.Module):
         return self.network(images, (20 * t - 10)[:, None, None, None].expand_as(gamma))
 
 
-@torch.no_grad()
 @door
+@torch.no_grad()
 def score(
     model: Model,
     process: Process,

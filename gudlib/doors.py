@@ -73,6 +73,7 @@ def _guarded(function: Any, looks: bool) -> Any:
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True  # in notebooks and in tests a traceback shows the function alone
         sizes: Sizes = {}
         if of_shape and isinstance(shape := getattr(args[0], "shape", None), tuple):
             sizes.update(zip("chw", shape, strict=False))

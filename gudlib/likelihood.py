@@ -178,8 +178,8 @@ class Discrete:
 DECODERS = {"normal": Normal, "discrete": Discrete}
 
 
-@torch.no_grad()
 @door
+@torch.no_grad()
 def bound(
     model: Model,
     process: Process,

@@ -106,8 +106,8 @@ def features(name: str = "fashion") -> nn.Module:
     return classifier.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 @door
+@torch.no_grad()
 def embed(images: Images, extractor: nn.Module, chunk: int = 256) -> Float[Tensor, "n d"]:
     """Features of all images, `chunk` at a time, found on the extractor's device and given on the images'.
 

@@ -24,7 +24,7 @@ from torch.nn.functional import one_hot
 
 from gudlib import checks
 from gudlib.bases import Basis
-from gudlib.doors import door
+from gudlib.doors import door, inner
 from gudlib.process import Process
 from gudlib.schedules import Schedule
 
@@ -55,7 +55,7 @@ def use_style() -> None:
     )
 
 
-@door
+@inner  # NaN is white
 def image(ax: Axes, picture: Float[Tensor, "c h w"], title: str = "", limits: tuple[float, float] = (-1, 1)) -> Axes:
     """Draw one image, grey or RGB, without axes; `limits` are the values shown as black and white."""
     shown = ((picture.detach().cpu().float() - limits[0]) / (limits[1] - limits[0])).clamp(0, 1)
@@ -69,7 +69,7 @@ def image(ax: Axes, picture: Float[Tensor, "c h w"], title: str = "", limits: tu
 
 @door
 def image_rows(
-    rows: Sequence[Float[Tensor, "n c h w"]],
+    rows: Sequence[Float[Tensor, "n c h w"] | Sequence[Float[Tensor, "c h w"]]],
     labels: Sequence[str],
     titles: Sequence[str] = (),
     limits: tuple[float, float] | None = (-1, 1),
@@ -78,7 +78,8 @@ def image_rows(
     """Rows of images with a label at the left of each row and, if given, titles over the columns.
 
     Arguments:
-        rows: for each row its images (n, c, h, w), in units of the data.
+        rows: for each row its images (n, c, h, w), or one by one if their sizes differ, in units of the data; NaN is
+            white.
         labels: one for each row.
         titles: one for each column.
         limits: values shown as black and white; None scales every image to its own largest magnitude.

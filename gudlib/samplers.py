@@ -301,8 +301,8 @@ class Samples:
     states: Float[Tensor, "k n c h w"]
 
 
-@torch.no_grad()
 @door
+@torch.no_grad()
 def sample(
     model: Model,
     process: Process,
@@ -370,8 +370,8 @@ def sample(
     )
 
 
-@torch.no_grad()
 @inner  # unknown pixels may be anything
+@torch.no_grad()
 def inpaint(
     model: Model,
     process: Process,
@@ -406,8 +406,8 @@ def inpaint(
     return sample(model, path, n, steps, method, generator, _start(path, images, known, generator), **options)
 
 
-@torch.no_grad()
 @door
+@torch.no_grad()
 def extend(
     model: Model,
     process: Process,

@@ -134,8 +134,8 @@ class Record:
         return f"Record(step={self.step}, loss={self.loss:.4g}, lr={self.lr:.3g}, seconds={self.seconds:.3g})"
 
 
-@torch.no_grad()
 @door
+@torch.no_grad()
 def evaluate(
     model: Model, white: Batch, schedule: Schedule, generator: torch.Generator, chunk: int = 256
 ) -> Float[Tensor, "c h w"]:

@@ -62,8 +62,8 @@ class Window(nn.Module):
         return self.network.window(images, gamma, self.places, self.past).flatten(0, 1)
 
 
-@torch.no_grad()
 @door
+@torch.no_grad()
 def generate(
     denoiser: Denoiser,
     schedule: Schedule,

@@ -110,7 +110,6 @@ class System:
 def ddpm(shape: Shape, steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> System:
     """DDPM: betas on a line; t = n / (steps - 1) for the published steps n = 0 .. steps - 1."""
     steps = checks.whole("steps", steps, 2)
-    checks.reals(beta_min=beta_min, beta_max=beta_max)
     rising(zero=0.0, beta_min=beta_min, beta_max=beta_max)
     betas = torch.linspace(beta_min, beta_max, steps, dtype=torch.float64)
     return System(
@@ -170,7 +169,6 @@ def score_sde_sub_vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0
 @door
 def score_sde_ve(shape: Shape, sigma_min: float = 0.01, sigma_max: float = 50.0) -> System:
     """The variance-exploding SDE: a = 1, and b geometric from sigma_min to sigma_max, in units of the data."""
-    checks.reals(sigma_min=sigma_min, sigma_max=sigma_max)
     rising(zero=0.0, sigma_min=sigma_min, sigma_max=sigma_max)
     return System(
         "score SDE, VE", "pixel", "$1$", r"$2\log\sigma$", "exact after rescaling",
@@ -184,7 +182,6 @@ def vdm(
     shape: Shape, gamma_min: float = -13.3, gamma_max: float = 5.0, f: Callable[[Tensor], Tensor] = lambda t: t
 ) -> System:
     """Variational diffusion: gamma rises like f(t), learnt and monotone, which starts as a straight line."""
-    checks.reals(gamma_min=gamma_min, gamma_max=gamma_max)
     rising(gamma_min=gamma_min, gamma_max=gamma_max)
 
     def gamma(t: Tensor) -> Tensor:
@@ -206,7 +203,6 @@ def edm(
     p_mean: float = -1.2, p_std: float = 1.2,
 ) -> System:  # fmt: skip
     """EDM: t runs along its sampler's grid, sigma^(1/rho) linear; in training log sigma ~ N(p_mean, p_std^2)."""
-    checks.reals(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, p_mean=p_mean)
     rising(zero=0.0, sigma_min=sigma_min, sigma_max=sigma_max)
     rising(zero=0.0, sigma_data=sigma_data)
     rho, p_std = checks.real("rho", rho, above=0), checks.real("p_std", p_std, above=0)
@@ -289,7 +285,6 @@ def mulan(
     a: PerComponent, b: PerComponent, c: PerComponent, gamma_min: float = -13.3, gamma_max: float = 5.0
 ) -> System:
     """MuLAN: each pixel's gamma' is proportional to (a t^2 + b t + c)^2, with coefficients that a network provides."""
-    checks.reals(gamma_min=gamma_min, gamma_max=gamma_max)
     rising(gamma_min=gamma_min, gamma_max=gamma_max)
 
     def rise(t: Tensor) -> Tensor:
@@ -401,7 +396,6 @@ def subspace() -> System:
 @door
 def heat_dissipation(shape: Shape, blur_min: float = 0.5, blur_max: float = 20.0, noise: float = 0.01) -> System:
     """Inverse heat dissipation: ever more blur, and noise drawn afresh at every level. Near it: its marginals."""
-    checks.reals(blur_min=blur_min, blur_max=blur_max, noise=noise)
     rising(zero=0.0, blur_min=blur_min, blur_max=blur_max)
     rising(zero=0.0, noise=noise)
     k = bases.DCT(shape).label("wavenumber")

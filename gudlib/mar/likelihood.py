@@ -34,8 +34,8 @@ class ChainRuleLikelihood(likelihood.Likelihood):
         return torch.as_tensor(likelihood.bits_per_dim(nats, self.dims // len(nats), self.width))
 
 
-@torch.no_grad()
 @door
+@torch.no_grad()
 def chain_rule_bound(
     conditional: Conditional,
     process: Process,

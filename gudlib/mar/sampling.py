@@ -40,8 +40,8 @@ def unmasking(count: int, steps: int) -> list[int]:
     return [count - n for n in left]
 
 
-@torch.no_grad()
 @door
+@torch.no_grad()
 def generate(
     model: Autoregressor,
     schedule: Schedule,
