@@ -57,7 +57,9 @@ def use_style() -> None:
 
 @inner  # NaN is white
 def image(ax: Axes, picture: Float[Tensor, "c h w"], title: str = "", limits: tuple[float, float] = (-1, 1)) -> Axes:
-    """Draw one image, grey or RGB, without axes; `limits` are the values shown as black and white."""
+    """Draw one image, grey or RGB, without axes; `limits` are the values shown as black and white, NaN is white."""
+    if not picture.numel():
+        raise ValueError(f"picture must not be empty; got {checks.what(picture)}")
     shown = ((picture.detach().cpu().float() - limits[0]) / (limits[1] - limits[0])).clamp(0, 1)
     ax.imshow(shown.permute(1, 2, 0).numpy() if len(shown) == 3 else shown[0].numpy(), cmap="gray", vmin=0, vmax=1)
     ax.set_title(title, fontsize="small")

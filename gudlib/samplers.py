@@ -407,7 +407,6 @@ def inpaint(
 
 
 @door
-@torch.no_grad()
 def extend(
     model: Model,
     process: Process,
@@ -473,7 +472,8 @@ def extend(
     x, start, end = _start(path, whole, known, generator), 1 - context * lag, (width - context - stride) * lag
     while True:
         t = torch.linspace(start, end, max(round((start - end) / lag * steps), 1) + 1, dtype=torch.float64)
-        x, _ = deque(_states(model, path, x, t.to(x.device), update, generator), maxlen=1).pop()
+        with torch.no_grad():  # not around the function: what the caller does between two strips is his
+            x, _ = deque(_states(model, path, x, t.to(x.device), update, generator), maxlen=1).pop()
         yield process.data(x)[..., context : context + stride].float()
         fresh = torch.randn(x[..., :stride].shape, generator=generator, dtype=x.dtype, device=x.device)
         x, start = torch.cat([x[..., stride:], fresh], dim=-1), (width - context) * lag
