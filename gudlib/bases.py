@@ -179,6 +179,10 @@ class PCA(Basis):
     @door
     def of(cls, covariance: Float[Tensor, "g n n"], shape: Shape) -> "PCA":
         """Principal axes of a covariance, of all components (g = 1) or of each channel's, by eigendecomposition."""
+        c, h, w = shape
+        if covariance.shape[:2] not in {(1, c * h * w), (c, h * w)}:
+            wanted = f"(1, {c * h * w}, {c * h * w}) or ({c}, {h * w}, {h * w})"
+            raise ValueError(f"covariance must have shape {wanted}; got {tuple(covariance.shape)}")
         values, vectors = torch.linalg.eigh(checks.single(covariance))
         return cls(_signed(vectors.mT.flip(1)).contiguous(), shape, values.flip(1).clamp(min=0))
 

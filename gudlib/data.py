@@ -198,8 +198,12 @@ def load_folder(
 
 
 def _files_in(folder: str) -> Iterator[str]:
-    """Files in a folder and the folders in it, one at a time; no hidden ones."""
-    with os.scandir(folder) as entries:
+    """Files in a folder and the folders in it that may be read, one at a time; no hidden files."""
+    try:
+        listed = os.scandir(folder)
+    except PermissionError:
+        return
+    with listed as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from _files_in(entry.path)

@@ -4,9 +4,9 @@
 accepted. Numbers of numpy or torch are handed on as Python's. Sizes of one name, `c h w` say, must agree among the
 arguments, and with the `shape` (c, h, w) of the object whose method it is.
 
-`inner` does the same for what runs at every step of training or sampling: it looks at types and shapes alone, at a cost
-of microseconds, and never waits for a GPU. There numbers are taken on trust, NaN in is NaN out; `door` refuses tensors
-that are empty, or not finite.
+`inner` does the same for what runs at every step of training or sampling: of tensors it looks at types and shapes
+alone, at a cost of microseconds, and never waits for a GPU. Their numbers are taken on trust, NaN in is NaN out; `door`
+refuses tensors that are empty, or not finite.
 """
 
 import functools
@@ -60,7 +60,7 @@ def _guarded(function: Any, looks: bool) -> Any:
             return value
         found = rule[1](value, sizes)
         if found is _NO:
-            wanted = re.sub("<(.*?)>", lambda axis: str(sizes.get(axis[1], axis[1])), rule[0])
+            wanted = re.sub("<(.*?)>(, )?", lambda axis: _axes(sizes.get(axis[1], axis[1]), axis[2] or ""), rule[0])
             grey = "floating" in wanted and "uint8" not in wanted and getattr(value, "dtype", None) == torch.uint8
             hint = "; for grey levels see gudlib.data.scale and dequantise" if grey else ""
             raise ValueError(f"{name} must be {wanted}; got {_shown(value)}{hint}")
@@ -100,6 +100,12 @@ class _Apart(ValueError):
 
 def _places(given: dict[str, Any]) -> dict[str, torch.device]:
     return {name: value.device for name, value in given.items() if isinstance(value, Tensor | torch._C.Generator)}
+
+
+def _axes(size: Any, then: str) -> str:
+    """An axis in words, or several, or none."""
+    sizes = size if isinstance(size, tuple) else (size,)
+    return ", ".join(map(str, sizes)) + then * bool(sizes)
 
 
 def _shown(value: Any) -> str:

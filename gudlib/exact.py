@@ -217,7 +217,9 @@ def _noised(gamma: Each, covariance: Float[Tensor, "d d"]) -> Float[Tensor, "b d
     """A C A + N at each of the noise levels."""
     if gamma[:1].numel() != len(covariance):
         raise ValueError(f"gamma must have {len(covariance)} components; got shape {tuple(gamma.shape)}")
-    return gaussian(covariance.new_zeros(len(covariance)), covariance).covariance(gamma)[0]
+    level = gamma.reshape(-1, len(covariance))
+    a = alpha(level)
+    return a[:, :, None] * covariance * a[:, None, :] + torch.sigmoid(level).diag_embed()
 
 
 def _root(matrix: Float[Tensor, "*b d d"]) -> Float[Tensor, "*b d d"]:

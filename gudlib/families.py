@@ -477,7 +477,7 @@ def _order(basis: Basis, block: str) -> Order:
 
 
 def _each(b: PerImage | Sequence[PerImage]) -> list[PerImage]:
-    return list(b) if isinstance(b, list | tuple) else [b]  # type: ignore[list-item]
+    return [b] if isinstance(b, int | float | Tensor) else list(b)
 
 
 def _ranges(b: Range | Sequence[Range] | None, least: Sequence[float]) -> list[Range]:

@@ -41,7 +41,7 @@ GREY_LEVEL = 1 / 128  # what dequantisation spreads a grey level over, in units 
 EXACT_TRACE = 64  # components up to which the divergence is exact
 
 
-@door
+@inner  # of a model that has diverged they are not finite, and that is what is told
 def bits_per_dim(nats: Tensor | float, dims: int, width: float = GREY_LEVEL) -> Tensor | float:
     """Bits per dimension of `nats` per image: nats / (dims log 2) - log2(width).
 

@@ -399,6 +399,8 @@ class GUD:
         pictures = self._pictures(images)
         data = scale(pictures) if self.discrete else dequantise(pictures, generator)
         options = {"importance": True, "decoder": "discrete" if self.discrete else "normal"} | options
+        if order is not None and order.ndim > 1:
+            raise ValueError(f"order must be one for all images, (L,); got {checks.what(order)}")
         if order is None and self._patches():
             options["schedules"] = lambda n, generator: self.process(a, b, self._orders(None, n, generator)).schedule
         return likelihood.bound(self.denoiser, self.process(a, b, order), data, draws, seed, **options)
@@ -562,8 +564,8 @@ class GUD:
         patches = self._patches()
         if order is None:
             return patches.random_orders(n, generator) if patches else None
-        if not isinstance(order, Tensor) or order.shape[:-1] not in {(), (n,)}:
-            raise ValueError(f"order must be a tensor, for all {n} pictures or for each; got {checks.what(order)}")
+        if order.shape[:-1] not in {(), (n,)}:
+            raise ValueError(f"order must be (L,) for all {n} pictures or ({n}, L) for each; got {checks.what(order)}")
         return order
 
     def _sampling(self, steps: int | None, order: Permutations | None, **member: Any) -> tuple[Process, dict[str, Any]]:

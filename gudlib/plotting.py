@@ -223,7 +223,8 @@ def describe(axes: Axes | Iterable[Axes]) -> None:
             y = np.asarray(drawn.get_array(), dtype=float)
             size = "x".join(map(str, y.shape))
             told.append(f"  image {size}: mean={y.mean():.2g} min={y.min():.2g} max={y.max():.2g}")
-    display(_Folded("\n".join(told)))
+    if told:
+        display(_Folded("\n".join(told)))
 
 
 class _Folded:

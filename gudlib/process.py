@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gudlib.bases import Basis
 from gudlib.doors import inner
 from gudlib.priors import Prior
-from gudlib.schedules import Levels, Schedule, Time, alpha, sigma
+from gudlib.schedules import Schedule, Time, alpha, sigma
 
 Batch = Float[Tensor, "b c h w"]
 Numbers = Float[Tensor, "..."]  # that broadcast
@@ -71,7 +71,7 @@ def from_eps(eps: Numbers, kind: str, white_t: Numbers, gamma: Numbers) -> Numbe
 
 
 @inner
-def diffuse(white: Levels, gamma: Levels, eps: Levels) -> Levels:
+def diffuse(white: Numbers, gamma: Numbers, eps: Numbers) -> Numbers:
     """The forward marginal chi(t) = alpha chi(0) + sigma eps."""
     return alpha(gamma) * white + sigma(gamma) * eps
 

@@ -198,6 +198,7 @@ class Loop(ABC):
         from accelerate import Accelerator
 
         checks.images("images", images, shape=shape)
+        images = images.detach().float() if images.is_floating_point() else images
         if config.symmetries == "all" and shape[-2] != shape[-1]:
             raise ValueError(f"symmetries 'all' are of square images; these are {shape[-2]} x {shape[-1]}")
         self.config, self.checkpoint = config, checkpoint
@@ -205,7 +206,7 @@ class Loop(ABC):
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=devices.precision())
         denoiser.to(self.accelerator.device)
         self._digest = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
-        self.images = (images.float() if images.is_floating_point() else images).to(self.accelerator.device)
+        self.images = images.to(self.accelerator.device)
         self.plain, self._described = denoiser.network.train(), describe(denoiser)
         self._around = probe(denoiser.reference.state_dict())
         self._white_variance = denoiser.prior.log_variance.exp().float()

@@ -305,7 +305,7 @@ def mulan(
 
 
 @door
-def diffusion_forcing(order: PerComponent, steps: int = 100, lag: float = 1.0) -> System:
+def diffusion_forcing(order: schedules.Order, steps: int = 100, lag: float = 1.0) -> System:
     """Diffusion forcing's pyramid: in row m of sampling, token n is at level clip(steps + lag n - m, 0, steps)."""
     steps, lag = checks.whole("steps", steps), checks.real("lag", lag)
     if not 0 <= lag <= steps:
@@ -320,7 +320,7 @@ def diffusion_forcing(order: PerComponent, steps: int = 100, lag: float = 1.0) -
 
 
 @door
-def rolling(order: PerComponent, window: int = 4) -> System:
+def rolling(order: schedules.Order, window: int = 4) -> System:
     """Rolling diffusion: frame k is at its own time clip((k + s) / window, 0, 1) while s slides through the film."""
     frames, window = order.unique().numel(), checks.whole("window", window, 0)
     if not 0 < window <= frames:
@@ -334,7 +334,7 @@ def rolling(order: PerComponent, window: int = 4) -> System:
 
 
 @door
-def mar(order: PerComponent, steps: int = 1000, cap: float = 0.999) -> System:
+def mar(order: schedules.Order, steps: int = 1000, cap: float = 0.999) -> System:
     """MAR at one token a step: each token runs the improved DDPM schedule to its end before the next one starts."""
     steps = checks.whole("steps", steps, 2)
     rising(zero=0.0, cap=cap, one=1)

@@ -684,7 +684,10 @@ def use_chain_rule(d, kind):
 def mixed(d, loss, kind="masked"):
     """An autoregressor whose tokens have a density."""
     network = mixtures.MixtureNetwork(loss, kind, SHAPE, 2, 1 if loss == "mean" else 3, width=8, depth=1, heads=2)
-    return awake(mixtures.MixtureAutoregressor(network, autoregressor("cpu").reference)).float().to(d)
+    model = awake(mixtures.MixtureAutoregressor(network, autoregressor("cpu").reference)).float()
+    if loss == "code":
+        model.fit_codewords(IMAGES, sample=50)
+    return model.to(d)
 
 
 @probe("mar.mixtures.MixtureAutoregressor", *mixtures.LOSSES)

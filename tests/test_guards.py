@@ -61,6 +61,7 @@ EXEMPT = {
     "training.Trainer.loss": "called by `run`, with the number of the step",
     "mar.training.MarTrainer.loss": "called by `run`, with the number of the step",
     "mar.mixtures.MixtureTrainer.loss": "called by `run`, with the number of the step",
+    "training.Loop.stream": "called by `loss`, with the number of the step",
     "training.Loop.weighted": "called by `loss` at every step, with what that has made",
     "training.Loop.seeded": "a block around others",
     "schedules.offset_lines": "what `soft_conditioning` evaluates, which has looked",
@@ -237,6 +238,7 @@ def tensors(x):
         yield from {"huge": x * 1e30, "zeros": x * 0, "constant": x * 0 + 0.5, "negative": -x.abs() - 1}.items()
 
 
+AFTER = "must|is|are|needs?|has|have|holds?|belongs?|and|of|for|in"  # comes after the name of an argument
 TRUSTED = ("nan", "inf", "huge", f"{torch.half}", "zeros", "constant", "negative")  # by what does not look
 NOT_FINITE = {  # as documented
     "designs.score": ["draws, 1"],  # without an error
@@ -247,8 +249,8 @@ ALIASES = {  # what the message calls it
     "baselines.of": "images",
     "bases.Basis.label": "label",
     "data.crops": "image set",
-    "data.load": "image set",
-    "data.locate": "image set",
+    "data.load": "image set|split",
+    "data.locate": "image set|split",
     "designs.score": "images",
     "families.known": "masks",
     "likelihood.Discrete.__call__": "values",
@@ -285,8 +287,11 @@ def wrong(name, argument, kind, value):
     try:
         answer = answered(name, call)
     except (ValueError, TypeError) as error:
-        names = "|".join([*takes(PUBLIC[name]), *call, ALIASES.get(name, "\0")])
-        return None if re.search(rf"\b({names})s?\b", str(error)) else repr(error)
+        names, told = "|".join([*takes(PUBLIC[name]), *call]), str(error)
+        named = re.search(rf"(^|\W)({names})s?\W+({AFTER})\b|^({names})\W|above ({names}),", told)
+        return (
+            None if named or any(alias in told for alias in ALIASES.get(name, "").split("|") if alias) else repr(error)
+        )
     except OSError as error:
         return None if argument == "path" else repr(error)
     except Exception as error:

@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
@@ -36,8 +36,10 @@ from gudlib.likelihood import bits_per_dim
 from gudlib.mar.model import Autoregressor, permutations
 from gudlib.mar.networks import Labels, Network, Permutation, Tokens
 from gudlib.mar.sampling import in_order, rounds
-from gudlib.mar.training import TokenTrainer
+from gudlib.mar.training import MarTrainingConfig, TokenTrainer
 from gudlib.process import Batch
+from gudlib.references import Reference
+from gudlib.training import Data
 
 LOSSES = ("code", "mixture", "mean")
 NARROWEST = 1e-3  # spread of a normal, in units of the tokens'
@@ -145,8 +147,21 @@ class MixtureAutoregressor(Autoregressor):
     network: MixtureNetwork
 
     @door
+    def __init__(self, network: MixtureNetwork, reference: Reference) -> None:
+        super().__init__(network, reference)
+
+    def check_codewords(self, fitted: bool = True) -> None:
+        """Raise a ValueError unless the head is one for codewords, if `fitted` with codewords, or needs none."""
+        head = self.network.head
+        if head.loss != "code" and not fitted:
+            raise ValueError(f"codewords are of a network of loss 'code'; this one is of {head.loss!r}")
+        if head.loss == "code" and fitted and not bool(head.centres.any()):  # type: ignore[operator]
+            raise ValueError("codewords must be fitted first: model.fit_codewords(images)")
+
+    @door
     def fit_codewords(self, images: UInt8[Tensor, "n c h w"], sample: int = 20_000, seed: int = 0) -> None:
         """Codewords for a head `code`, from a sample of the images' tokens, dequantised."""
+        self.check_codewords(fitted=False)
         head, generator = self.network.head, torch.Generator(images.device).manual_seed(checks.seed("seed", seed))
         checks.grey("images", images, self.network.image)
         sample = checks.whole("sample", sample, head.components)  # type: ignore[arg-type]
@@ -160,6 +175,8 @@ class MixtureAutoregressor(Autoregressor):
     @door
     def rounded(self, images: Batch) -> Batch:
         """Data (b, c, h, w) with every token replaced by its codeword: the best that a head `code` can draw."""
+        self.check_codewords(fitted=False)
+        self.check_codewords()
         images = checks.data("images", images, self.network.image).float()
         tokens, centres = self.tokens(images), self.network.head.centres
         return self.images(centres[nearest(tokens, centres)])  # type: ignore[index]
@@ -171,15 +188,23 @@ class MixtureAutoregressor(Autoregressor):
     ) -> Float[Tensor, " n"]:
         """NLL in bits per dimension of each image, dequantised, its tokens taken in `steps` steps (None: one by one).
 
-        A masked model's is of one random order for each image; tokens of one step are independent given those before.
+        Unless in reading order it is of one random order for each image; tokens of one step are independent given those
+        before.
+
+        Raises:
+            ValueError: for other images, sizes out of range, several tokens a step of a causal model, or codewords that
+                have not been fitted.
         """
         network, chunk = self.network, checks.whole("chunk", chunk)
+        self.check_codewords()
         generator = torch.Generator(images.device).manual_seed(checks.seed("seed", seed))
-        cuts = rounds(network.kind, network.count, steps) if network.kind == "masked" else [0, network.count]
+        cuts = rounds(network.kind, network.count, steps)
+        cuts = cuts if network.kind == "masked" else [0, network.count]  # of a causal one all at once are one by one
+        data = dequantise(checks.grey("images", images, network.image), generator)
+        orders = permutations(network.kind == "raster", len(images), network.count, generator)
         found = []
-        for part in checks.grey("images", images, network.image).split(chunk):
-            tokens = self.tokens(dequantise(part, generator))
-            permutation = permutations(network.kind == "raster", len(part), network.count, generator)
+        for part, permutation in zip(data.split(chunk), orders.split(chunk), strict=True):
+            tokens = self.tokens(part)
             labels = permutation.new_full((len(part),), network.classes)
             nats = torch.zeros(len(part), dtype=torch.float64, device=images.device)
             for start, stop in pairwise(cuts):
@@ -204,6 +229,7 @@ class MixtureAutoregressor(Autoregressor):
             ValueError: for sizes out of range, several tokens a step of a causal model, or a negative temperature.
         """
         n, temperature = checks.whole("n", n), checks.real("temperature", temperature, least=0)
+        self.check_codewords()
         network, cache = self.network, self.network.trunk.cache()
         labels = torch.full((n,), network.classes, device=generator.device)
 
@@ -218,6 +244,18 @@ class MixtureTrainer(TokenTrainer):
     """Trains an autoregressor whose tokens have a density: NLL, or for a head `code` the cross-entropy of codewords."""
 
     model: MixtureAutoregressor
+
+    @inner
+    def __init__(
+        self,
+        model: MixtureAutoregressor,
+        images: Data,
+        labels: Int64[Tensor, " n"] | None,
+        config: MarTrainingConfig,
+        checkpoint: str | Path | None = None,
+    ) -> None:
+        model.check_codewords()
+        super().__init__(model, images, labels, config, checkpoint)
 
     @inner
     def loss(self, index: int) -> tuple[Tensor, Tensor]:

@@ -164,6 +164,13 @@ class Autoregressor(nn.Module):
 
 
 @door
+def denoising(config: dict[str, Any]) -> None:
+    """Raise a ValueError if that is of a network whose head says a token's distribution outright: it removes no noise."""
+    if "loss" in config:
+        raise ValueError(f"the model's head is of loss {config['loss']!r}; see gudlib.mar.mixtures")
+
+
+@door
 def save(model: Autoregressor, path: str | Path, half: bool = False, card: dict[str, Any] | None = None) -> None:
     """Write a model to one safetensors file, as `denoiser.save`, whose arguments these are."""
     denoiser.save(Denoiser(model.network, model.reference), path, half, card)

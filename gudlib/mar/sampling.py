@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gudlib import checks, samplers
 from gudlib.doors import door, inner
-from gudlib.mar.model import Autoregressor, check_labels, permutations
+from gudlib.mar.model import Autoregressor, check_labels, denoising, permutations
 from gudlib.mar.networks import Labels, Permutation, Tokens
 from gudlib.process import Batch
 from gudlib.schedules import Schedule
@@ -73,8 +73,9 @@ def generate(
             model, guidance without labels, or labels that do not fit.
     """
     n, guidance = checks.whole("n", n), checks.real("guidance", guidance)
+    denoising(model.network.config)
     cuts = rounds(model.network.kind, model.network.count, steps)
-    each = list(head_steps) if isinstance(head_steps, Sequence) else [head_steps] * (len(cuts) - 1)
+    each = [head_steps] * (len(cuts) - 1) if isinstance(head_steps, int) else list(head_steps)
     each = [checks.whole("head_steps", number) for number in each]
     if len(each) != len(cuts) - 1:
         raise ValueError(f"head_steps must be one number, or {len(cuts) - 1}, one for each step; got {len(each)}")

@@ -14,7 +14,7 @@ from gudlib import checks
 from gudlib.denoiser import Denoiser
 from gudlib.doors import door, inner
 from gudlib.families import stratified_times
-from gudlib.mar.model import Autoregressor, Conditioned, check_labels, permutations
+from gudlib.mar.model import Autoregressor, Conditioned, check_labels, denoising, permutations
 from gudlib.mar.networks import Labels, Permutation, Tokens
 from gudlib.process import diffuse
 from gudlib.schedules import Schedule
@@ -147,6 +147,7 @@ class MarTrainer(TokenTrainer):
         config: MarTrainingConfig,
         checkpoint: str | Path | None = None,
     ) -> None:
+        denoising(model.network.config)
         self.schedule = schedule
         super().__init__(model, images, labels, config, checkpoint)
 
