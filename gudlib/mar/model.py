@@ -165,7 +165,7 @@ class Autoregressor(nn.Module):
 
 @door
 def denoising(config: dict[str, Any]) -> None:
-    """Raise a ValueError if that is of a network whose head says a token's distribution outright: it removes no noise."""
+    """Raise a ValueError if it is that of a head which says a token's distribution outright and removes no noise."""
     if "loss" in config:
         raise ValueError(f"the model's head is of loss {config['loss']!r}; see gudlib.mar.mixtures")
 
