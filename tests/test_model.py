@@ -501,7 +501,7 @@ def test_a_wrong_choice_is_refused_before_any_work(tmp_path):
         (lambda: patches.sample(3, order=list(range(16))), "order must be int64 of shape .*; got \\[0, 1"),
         (
             lambda: patches.inpaint(IMAGES[:3], known, order=torch.zeros(2, 16).long()),
-            r"for all 3 pictures or for each",
+            r"for all 3 pictures or \(3, L\) for each",
         ),
         (lambda: patches.sample(3, order=torch.arange(1, 17)), "each row 0 to 15 in any order; got"),
         (lambda: patches.nll(IMAGES[:3], order=torch.arange(16).expand(3, -1)), "must be one for all images"),
