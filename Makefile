@@ -12,7 +12,7 @@ book: venv
 
 test: venv
 	@$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --nbval-lax --nbval-cell-timeout 3600 \
-	    --nbval-kernel-startup-timeout 600 tests gudlib notebooks
+	    --nbval-sanitize-with tests/outputs.cfg --nbval-kernel-startup-timeout 600 tests gudlib notebooks
 
 lab: venv
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb

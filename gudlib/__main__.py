@@ -151,7 +151,8 @@ def _claims(options: argparse.Namespace) -> int:
         return 2
     for row in rows:
         verdict = {True: "holds", False: "fails"}[row["holds"]] + ("" if row["holds"] == row["expected"] else " (!)")
-        print(f"{row['notebook']}  {verdict:9}  {row['value']:<12.6g} {claims.accepted(row):22} {row['name']}")
+        told = f"{claims.measured(row):18} {claims.accepted(row):22} {row['kind']}: {row['name']}"
+        print(f"{row['notebook']}  {verdict:9}  {told}")
     print(claims.counted(rows))
     return 0 if all(row["holds"] == row["expected"] for row in rows) else 1
 

@@ -146,7 +146,9 @@ def _write(folder: str, letter: str, seconds: float) -> int:
     os.environ["GUDLIB_RESULTS"] = folder
     until, count = time.monotonic() + seconds, 0
     while time.monotonic() < until:
-        claims.claim("02", f"{letter} {count}", count) if count < 300 else claims.report("07", {"a": letter * 99_999})
+        claims.claim("02", "measurement", f"{letter} {count}", count) if count < 300 else claims.report(
+            "07", {"a": letter * 99_999}
+        )
         write_tensors(f"{folder}/tensors", {"x": torch.full((50_000,), float(ord(letter)))}, {"letter": letter})
         count += 1
     return count

@@ -1,7 +1,9 @@
 """Claims and reports: what a notebook found is kept, in the results folder that was asked for."""
 
+import configparser
 import json
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,35 +16,54 @@ from gudlib.__main__ import main
 from gudlib.book import claims
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_claims_are_judged_printed_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GUDLIB_RESULTS", str(tmp_path))
-    claims.claim("02", "share", 0.4, 0, 1)
-    claims.claim("02", "gain", 0.1, low=0.2)
-    claims.claim("02", "gain", 0.3, low=0.2)
-    claims.claim("02", "error", float("nan"), high=1)
+    claims.claim("02", "identity", "share", 0.4, 0, 1)
+    claims.claim("02", "measurement", "gain (nats)", 0.1, low=0.2, error=0.04)
+    claims.claim("02", "measurement", "gain (nats)", 1234.5678, low=0.2, error=3.21)
+    claims.claim("02", "prediction", "error", float("nan"), high=1, expected=False)
+    claims.claim("02", "measurement", "number", 12345, error=250)
     assert capsys.readouterr().out.splitlines() == [
-        "PASS  share  (accepted: 0 to 1)",
-        "FAIL  gain  (accepted: at least 0.2)",
-        "PASS  gain  (accepted: at least 0.2)",
-        "FAIL  error  (accepted: at most 1)",
+        "PASS  identity: share: 0.4  (accepted: 0 to 1)",
+        "FAIL  measurement: gain (nats): 0.100 ± 0.040  (accepted: at least 0.2)",
+        "PASS  measurement: gain (nats): 1234.6 ± 3.2  (accepted: at least 0.2)",
+        "FAIL  prediction: error: nan  (accepted: at most 1)",
+        "PASS  measurement: number: 12345 ± 250  (accepted: anything)",
     ]
     rows = json.loads((tmp_path / "claims/02.json").read_text())
-    assert rows["gain"] == {"value": 0.3, "low": 0.2, "high": None, "holds": True, "expected": True}
+    row = {"kind": "measurement", "value": 1234.5678, "error": 3.21, "low": 0.2, "high": None}
+    assert rows["gain (nats)"] == row | {"holds": True, "expected": True}
     assert not rows["error"]["holds"] and list(tmp_path.iterdir()) == [tmp_path / "claims"]
+    with pytest.raises(ValueError, match="kind must be identity, measurement or prediction; got 'guess'"):
+        claims.claim("02", "guess", "share", 0.4)
+
+
+def test_notebooks_are_compared_without_the_values_of_their_claims():
+    """Values may depend on the processor, verdicts may not."""
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parent / "outputs.cfg", encoding="utf-8")
+    (rule,) = (config[section] for section in config.sections())
+    for value in ("0.4", "-1.3e-05", "nan", "inf", "0.100 ± 0.040", "12345 ± 250"):
+        told = re.sub(
+            rule["regex"], rule["replace"], f"PASS  identity: share (1 to 2): 3.0: {value}  (accepted: 0 to 1)"
+        )
+        assert told == "PASS  identity: share (1 to 2): 3.0: VALUE  (accepted: 0 to 1)"
+    assert re.sub(rule["regex"], rule["replace"], "seen 0.4  (expected: 0.5)") == "seen 0.4  (expected: 0.5)"
 
 
 def test_the_command_shows_values_and_fails_where_a_verdict_is_not_the_expected_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GUDLIB_RESULTS", str(tmp_path))
-    claims.claim("02", "a share", 0.4321, 0, 1)
-    claims.claim("05", "a prediction", 0.1, low=0.2, expected=False)
+    claims.claim("02", "measurement", "a share", 0.4321, 0, 1)
+    claims.claim("05", "prediction", "a prediction", 0.1, low=0.2, expected=False)
     capsys.readouterr()
     assert main(["claims", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["02", "holds", "0.4321", "0", "to", "1", "a", "share"]
-    assert lines[1].split() == ["05", "fails", "0.1", "at", "least", "0.2", "a", "prediction"]
+    assert lines[0].split() == ["02", "holds", "0.4321", "0", "to", "1", "measurement:", "a", "share"]
+    assert lines[1].split() == ["05", "fails", "0.1", "at", "least", "0.2", "prediction:", "a", "prediction"]
     assert lines[2] == "1 of 2 claims hold, all as expected"
-    claims.claim("05", "a surprise", 0.3, low=0.2, expected=False)
-    claims.claim("07", "a loss", 3.0, high=2.0)
+    claims.claim("05", "prediction", "a surprise", 0.3, low=0.2, expected=False)
+    claims.claim("07", "measurement", "a loss", 3.0, high=2.0)
     assert main(["claims", str(tmp_path)]) == 1
     told = capsys.readouterr().out
     assert told.endswith("2 of 4 claims hold, 2 not as expected\n") and told.count("(!)") == 2
@@ -52,7 +73,7 @@ def test_the_command_shows_values_and_fails_where_a_verdict_is_not_the_expected_
 def claim_many(folder, first):
     os.environ["GUDLIB_RESULTS"] = folder
     for k in range(first, first + 40):
-        claims.claim("02", f"number {k}", k)
+        claims.claim("02", "measurement", f"number {k}", k)
 
 
 def test_claims_of_several_processes_are_all_kept(tmp_path):
@@ -66,7 +87,7 @@ def test_a_damaged_file_of_claims_does_not_stop_the_next_one(tmp_path, monkeypat
     monkeypatch.setenv("GUDLIB_RESULTS", str(tmp_path))
     (tmp_path / "claims").mkdir()
     (tmp_path / "claims/02.json").write_text('{"half": ')
-    claims.claim("02", "share", 0.4, 0, 1)
+    claims.claim("02", "measurement", "share", 0.4, 0, 1)
     assert [row["name"] for row in claims.recorded(tmp_path)] == ["share"]
 
 
@@ -92,7 +113,7 @@ def test_a_report_takes_arrays_and_tensors(tmp_path, monkeypatch):
 
 
 def test_rows_that_are_no_claims_are_left_out(tmp_path):
-    good = {"value": 0.5, "low": 0, "high": None, "holds": True}
+    good = {"kind": "identity", "value": 0.5, "error": None, "low": 0, "high": None, "holds": True, "expected": True}
     rows = {"good": good, "a": {"holds": True}, "b": good | {"value": "x"}, "c": good | {"low": "x"}, "d": 3}
     (tmp_path / "claims").mkdir()
     (tmp_path / "claims/02.json").write_text(json.dumps(rows))

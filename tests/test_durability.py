@@ -17,7 +17,7 @@ WRITERS = {
     "bytes": ("a", lambda path: files.write(path, b"after")),
     "json": ("a.json", lambda path: files.write_json(path, {"a": 1})),
     "tensors": ("a", lambda path: files.write_tensors(path, {}, {})),
-    "claims": ("claims/02.json", lambda _: claims.claim("02", "a share", 0.5)),
+    "claims": ("claims/02.json", lambda _: claims.claim("02", "measurement", "a share", 0.5)),
     "report": ("02/report.json", lambda _: claims.report("02", {"loss": 0.5})),
     "table": ("out/a.parquet", lambda path: runs.sweep([], path)),
     "training": ("a", lambda path: test_training.trainer().save(path)),
