@@ -1,20 +1,21 @@
 r"""Lattice fields in two dimensions: systems with known answers, and their coarse graining.
 
 Fields live on the sites x of a periodic square lattice of size L. In units of the lattice spacing, with F(k) the
-unitary Fourier transform, k = 2 pi n / L, khat_mu = 2 sin(k_mu / 2), and exp(-S) the probability of a field,
+unitary Fourier transform, k = 2 pi j / L, khat_mu = 2 sin(k_mu / 2), H the action, and exp(-H) the probability of a
+field up to a constant,
 
-    free field    S = sum_x 1/2 [(grad phi)^2 + m^2 phi^2],      E|F(k)|^2 = G(k) = 1 / (khat^2 + m^2),
-    phi^4         S = sum_x 1/2 [(grad phi)^2 + m^2 phi^2] + lambda phi^4,
-    Ising         S = -1/T sum_<xy> s_x s_y,  s = +-1,
+    free field    H = sum_x 1/2 [(grad phi)^2 + m^2 phi^2],      E|F(k)|^2 = G(k) = 1 / (khat^2 + m^2),
+    phi^4         H = sum_x 1/2 [(grad phi)^2 + m^2 phi^2] + g phi^4,
+    Ising         H = -1/T sum_<xy> phi_x phi_y,  phi = +-1,
 
-where (grad phi)^2 sums the squared differences along the bonds to the right and down. Coarse graining by a factor b
-takes fields on L to fields on L / b, and their propagator G, whatever it is, to
+where (grad phi)^2 sums the squared differences along the bonds to the right and down. Coarse graining by a factor n
+takes fields on L to fields on L / n, and their propagator G, whatever it is, to
 
-    block averages    phi' = b^Delta mean of phi over a block,    G'(k) = b^(2 Delta - 2) sum_a |w(k_a)|^2 G(k_a),
-    momentum shell    phi' = b^Delta waves |k_mu| < pi / b,       G'(k) = b^(2 Delta - 2) G(k / b),
+    block averages    phi' = n^Delta mean of phi over a block,    G'(k) = n^(2 Delta - 2) sum_j |f(k_j)|^2 G(k_j),
+    momentum shell    phi' = n^Delta waves |k_mu| < pi / n,       G'(k) = n^(2 Delta - 2) G(k / n),
 
-with the b^2 aliases k_a = (k + 2 pi a) / b and a block's form factor |w|^2 = prod_mu [sin(b k_mu/2) / b sin(k_mu/2)]^2.
-With Delta = 0, right for a free field in two dimensions, both take m^2 = 1 / G(0) to b^2 m^2.
+with the n^2 aliases k_j = (k + 2 pi j) / n and a block's form factor |f|^2 = prod_mu [sin(n k_mu/2) / n sin(k_mu/2)]^2.
+With Delta = 0, right for a free field in two dimensions, both take m^2 = 1 / G(0) to n^2 m^2.
 
 References:
     Hybrid Monte Carlo, S. Duane, A. D. Kennedy, B. J. Pendleton, D. Roweth, 1987,
@@ -105,14 +106,14 @@ class MarkovChains:
 
 @inner
 def action(phi: Fields, mass2: float, coupling: float) -> Float[Tensor, "*n"]:
-    """S of each field: free for coupling lambda = 0, phi^4 otherwise."""
+    """H of each field: free for coupling g = 0, phi^4 otherwise."""
     gradient = (phi.roll(-1, -1) - phi).square() + (phi.roll(-1, -2) - phi).square()
     return (0.5 * gradient + 0.5 * mass2 * phi**2 + coupling * phi**4).sum((-1, -2))
 
 
 @inner
 def force(phi: Fields, mass2: float, coupling: float) -> Fields:
-    """-dS/dphi."""
+    """-dH/dphi."""
     neighbours = phi.roll(1, -1) + phi.roll(-1, -1) + phi.roll(1, -2) + phi.roll(-1, -2)
     return neighbours - (4 + mass2 + 4 * coupling * phi**2) * phi
 
@@ -121,7 +122,7 @@ def force(phi: Fields, mass2: float, coupling: float) -> Fields:
 def leapfrog(
     phi: Fields, momentum: Fields, step: float, steps: int, mass2: float, coupling: float
 ) -> tuple[Fields, Fields]:
-    """Follow H = momentum^2 / 2 + S for a time step * steps: reversible, and volumes are kept."""
+    """Follow the energy momentum^2 / 2 + H for a time step * steps: reversible, and volumes are kept."""
     momentum = momentum + 0.5 * step * force(phi, mass2, coupling)
     for i in range(steps):
         phi = phi + step * momentum
@@ -133,14 +134,14 @@ def leapfrog(
 def hmc_update(
     phi: Fields, momentum: Fields, uniform: Float[Tensor, "*n"], step: float, steps: int, mass2: float, coupling: float
 ) -> tuple[Fields, Bool[Tensor, "*n"]]:
-    """One trajectory of each chain and which were accepted, with probability min(1, exp(-change of H)).
+    """One trajectory of each chain and which were accepted, with probability min(1, exp(-change of energy)).
 
     Arguments:
         phi: current fields.
         momentum: standard normal, of the same shape.
         uniform: on [0, 1), one for each field.
         step, steps: of the leapfrog.
-        mass2, coupling: m^2 and lambda.
+        mass2, coupling: m^2 and g.
     """
     proposed, after = leapfrog(phi, momentum, step, steps, mass2, coupling)
     change = action(proposed, mass2, coupling) - action(phi, mass2, coupling)
@@ -159,7 +160,7 @@ def phi4(
     Arguments:
         size, chains, draws: of the lattice, independent chains, and fields kept from each.
         generator: of all randomness.
-        mass2, coupling: m^2, negative only with lambda > 0, and lambda >= 0.
+        mass2, coupling: m^2, negative only with g > 0, and g >= 0.
         step, steps: of the leapfrog. The number is drawn anew for each trajectory, with mean `steps`: with a fixed one
             a wave whose period fits would never move.
         every: trajectories for each field kept.
@@ -319,7 +320,7 @@ def kaufman_energy(temperature: float, size: int) -> float:
 
 @door
 def block(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
-    """b^Delta times the averages over blocks of b x b sites, (*n, size / b, size / b).
+    """factor^Delta times the averages over blocks of factor x factor sites, (*n, size / factor, size / factor).
 
     Raises:
         ValueError: for fields that are not finite, or not square, or a factor that does not divide their size.
@@ -331,22 +332,23 @@ def block(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
 
 @door
 def majority(spins: Spins, factor: int, generator: torch.Generator) -> Int8[Tensor, "*n coarse coarse"]:
-    """Block spins: what most spins of a block of b x b say; where they are divided, a fair coin."""
+    """Block spins: what most spins of a block of factor x factor say; where they are divided, a fair coin."""
     total = block(spins.float(), factor)
     return torch.where(total == 0, _coins(total.shape, generator), total.sign().to(torch.int8))
 
 
 @door
 def shell(fields: Fields, factor: int, delta: float = 0.0) -> Coarse:
-    """b^Delta times the long waves of each field, on the lattice of size / b on which they still fit.
+    """factor^Delta times the long waves of each field, on the lattice of size / factor on which they still fit.
 
-    Where size / b is even, the shortest stem from two, n = +- size / 2b: their sum over sqrt 2 keeps the variance.
+    Where size / factor is even, the shortest stem from two, j = +- size / 2 factor: their sum over sqrt 2 keeps the
+    variance.
     """
     fields, size = _coarse(fields, factor)
     waves = torch.fft.fft2(fields, norm="ortho")
     for dim in (-1, -2):
-        n = torch.fft.fftfreq(size, 1 / size, device=waves.device).round().long()
-        low = waves.index_select(dim, n % fields.shape[dim])
+        j = torch.fft.fftfreq(size, 1 / size, device=waves.device).round().long()
+        low = waves.index_select(dim, j % fields.shape[dim])
         if size % 2 == 0:
             edge = low.narrow(dim, size // 2, 1)
             edge.copy_((edge + waves.narrow(dim, size // 2, 1)) / math.sqrt(2))
@@ -359,9 +361,9 @@ def blocked(propagator: Propagator, factor: int, delta: float = 0.0) -> Propagat
     """The propagator of block averages of fields that have `propagator`, on any lattice."""
 
     def coarse(k: Momenta) -> Tensor:
-        a = 2 * math.pi * torch.cartesian_prod(torch.arange(factor), torch.arange(factor)).T.to(k)
-        fine = (k[:, None] + a.reshape(2, -1, *[1] * (k.ndim - 1))) / factor
-        form = torch.full_like(fine, 1 / factor)  # |w|^2 as a sum of cosines, so that nothing is 0/0 at k = 0
+        shift = 2 * math.pi * torch.cartesian_prod(torch.arange(factor), torch.arange(factor)).T.to(k)
+        fine = (k[:, None] + shift.reshape(2, -1, *[1] * (k.ndim - 1))) / factor
+        form = torch.full_like(fine, 1 / factor)  # |f|^2 as a sum of cosines, so that nothing is 0/0 at k = 0
         for j in range(1, factor):
             form = form + 2 * (factor - j) / factor**2 * torch.cos(j * fine)
         return factor ** (2 * delta - 2) * (form.prod(0) * propagator(fine)).sum(0)
@@ -382,7 +384,7 @@ def shelled(propagator: Propagator, factor: int, delta: float = 0.0) -> Propagat
 
 @door
 def couplings(propagator: Propagator) -> Float[Tensor, "3"]:
-    """(r, Z, u) of the Gaussian action 1/G = r + Z k^2 + u k^4 + ... along an axis, by automatic differentiation."""
+    """(m^2, Z, q) of the Gaussian action 1/G = m^2 + Z k^2 + q k^4 + ... along an axis, by differentiation."""
 
     def inverse(k: Tensor) -> Tensor:
         return 1 / propagator(torch.stack([k, torch.zeros_like(k)]))
@@ -410,7 +412,7 @@ def power(fields: Tensor) -> Fields:
 
 @door
 def correlation(spectrum: Fields) -> Fields:
-    """C(r) = E[phi(x) phi(x + r)] averaged over x, from a mean power spectrum (Wiener and Khinchin)."""
+    """C(d) = E[phi(x) phi(x + d)] averaged over x, from a mean power spectrum (Wiener and Khinchin)."""
     return torch.fft.ifft2(checks.single(spectrum)).real
 
 

@@ -352,10 +352,10 @@ def test_couplings_are_taylor_coefficients():
     flowed = lattice.couplings(lattice.shelled(lattice.free(0.3), 3))
     torch.testing.assert_close(flowed, exact * torch.tensor([9, 1, 1 / 9]))
     averaged = lattice.blocked(lattice.free(0.3), 2)
-    r, z, u = lattice.couplings(averaged).tolist()
+    mass2, z, q = lattice.couplings(averaged).tolist()
     k = torch.tensor([[0.05], [0.0]], dtype=torch.float64)
-    assert r == pytest.approx(4 * 0.3) and float(1 / averaged(k)) == pytest.approx(
-        r + z * 0.05**2 + u * 0.05**4, abs=1e-9
+    assert mass2 == pytest.approx(4 * 0.3) and float(1 / averaged(k)) == pytest.approx(
+        mass2 + z * 0.05**2 + q * 0.05**4, abs=1e-9
     )
 
 
