@@ -2,19 +2,21 @@ r"""Other people's diffusion models as choices of basis, prior, schedule and wei
 
 Take a model that noises every component of a fixed orthonormal basis for itself, with amplitudes of its own,
 
-    u_i(t) = a_i(t) u_i(0) + b_i(t) eps_i,      b_i / a_i never falling,
+    u_i(t) = signal_i(t) u_i(0) + noise_i(t) eps_i,      noise_i / signal_i never falling,
 
 and whose states form a Markov chain. With any scale S_i it is one of ours, in other units:
 
-    chi_i(t) = kappa_i u_i(t) / S_i,  kappa_i = (a_i^2 + b_i^2 / S_i^2)^(-1/2),  gamma_i = 2 log(b_i / a_i) - 2 log S_i,
+    chi_i(t) = kappa_i u_i(t) / S_i,    kappa_i = (signal_i^2 + noise_i^2 / S_i^2)^(-1/2),
+    gamma_i = 2 log(noise_i / signal_i) - 2 log S_i,
 
 for chi has alpha_i^2 + sigma_i^2 = 1, and a known factor takes transitions and posteriors of one chain to those of the
-other. The *verdict* says how far a model is covered: `exact`; `exact after rescaling`, by this factor; `limit` of our
-schedules; `approximate`; `not an instance`.
+other. (A model that defines single states and a flow, but no chain, leaves the transitions to us.) The *verdict* says
+how far a model is covered: `exact`; `exact after rescaling`, by this factor; `limit` of our schedules; `approximate`;
+`not an instance`.
 
-Losses are compared as int_0^1 dt sum_i w_i E(eps_i - eps_hat_i)^2, where w may depend on gamma_i and on its derivative
-gamma_i'; w / gamma_i' is the weight of a unit of gamma, which does not care how time is labelled. The likelihood bound
-has w = gamma_i' / 2.
+Losses are compared as int_0^1 dt sum_i lambda_i e_i with e_i = E(eps_i - eps_hat_i)^2, where the weight lambda may
+depend on gamma_i and on its derivative gamma_i'; lambda / gamma_i' is the weight of a unit of gamma, which does not
+care how time is labelled. The likelihood bound has lambda = gamma_i' / 2.
 
 Every function below takes a component shape (or labels and variances of that shape, (c, h, w)), with the published
 settings as defaults, and raises ValueError for settings that make no such process.
@@ -38,35 +40,37 @@ Verdict = Literal["exact", "exact after rescaling", "limit", "approximate", "not
 
 
 class Rescaled(NamedTuple):
-    """A noising u = a u(0) + b eps in our terms: gamma, and the factor kappa of chi = kappa u / S."""
+    """A noising u = signal u(0) + noise eps in our terms: gamma, and the factor kappa of chi = kappa u / S."""
 
     gamma: Tensor
     kappa: Tensor
 
 
 @door
-def rescale(a: Float[Tensor, "..."], b: Float[Tensor, "..."], scale: Float[Tensor, "..."] | float = 1.0) -> Rescaled:
-    """The rescaling above, for amplitudes a, b and prior scales S that broadcast.
+def rescale(
+    signal: Float[Tensor, "..."], noise: Float[Tensor, "..."], scale: Float[Tensor, "..."] | float = 1.0
+) -> Rescaled:
+    """The rescaling above, for amplitudes of signal and noise and prior scales S that broadcast.
 
     Raises:
         ValueError: if one of them is not above 0.
     """
-    for name, values in {"a": a, "b": b, "scale": torch.as_tensor(scale)}.items():
+    for name, values in {"signal": signal, "noise": noise, "scale": torch.as_tensor(scale)}.items():
         checks.positive(name, values)
-    noise = b / scale
-    return Rescaled(2 * (noise / a).log(), (a**2 + noise**2).rsqrt())
+    noise = noise / scale
+    return Rescaled(2 * (noise / signal).log(), (signal**2 + noise**2).rsqrt())
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """What multiplies (eps - eps_hat)^2 for each unit of t: its formula, and a function of gamma and d gamma / dt."""
+    """The weight lambda of (eps - eps_hat)^2 per unit of t: its formula, and a function of gamma and d gamma / dt."""
 
     formula: str
     function: Callable[[Tensor, Tensor], Tensor]
 
     @inner
     def __call__(self, gamma: Tensor, dgamma_dt: Tensor) -> Tensor:
-        """The weight, of gamma's shape."""
+        """The weight lambda, of gamma's shape."""
         return self.function(gamma, dgamma_dt)
 
 
@@ -88,7 +92,7 @@ class System:
         reference: title, authors, year, URL.
         schedule: gamma_i(t); of the nearest instance if the model itself is none; None if there is nothing to compare.
         scale: S_i, (c, h, w) or one number, units of the data.
-        weight: of its training loss; None where it is not of this form, or we could not verify it.
+        weight: lambda, of its training loss; None where it is not of this form, or we could not verify it.
     """
 
     name: str
@@ -142,17 +146,17 @@ _SCORE_SDE = (
 
 @door
 def score_sde_vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0) -> System:
-    """The variance-preserving SDE: du = -beta u dt / 2 + sqrt(beta) dW, beta linear in t."""
+    """The variance-preserving SDE: du = -beta u dt / 2 + sqrt(beta) dB, beta linear in t."""
     return System(
         "score SDE, VP", "pixel", "$1$", r"$\log(e^B - 1),\ B = \int\beta$", "exact",
-        "The same SDE from its smallest time 1e-5 on; with likelihood weighting its loss has w = gamma'.",
+        "The same SDE from its smallest time 1e-5 on; with likelihood weighting, lambda = gamma'.",
         _SCORE_SDE, schedules.vp(shape, beta_min, beta_max), weight=PLAIN,
     )  # fmt: skip
 
 
 @door
 def score_sde_sub_vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0) -> System:
-    """The sub-VP SDE: a as for VP, and b = 1 - exp(-B), the square of VP's."""
+    """The sub-VP SDE: signal as for VP, noise 1 - exp(-B), the square of VP's."""
     vp = schedules.vp(shape, beta_min, beta_max)
 
     def gamma(t: Tensor) -> Tensor:
@@ -168,7 +172,7 @@ def score_sde_sub_vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0
 
 @door
 def score_sde_ve(shape: Shape, sigma_min: float = 0.01, sigma_max: float = 50.0) -> System:
-    """The variance-exploding SDE: a = 1, and b geometric from sigma_min to sigma_max, in units of the data."""
+    """The variance-exploding SDE: signal 1, noise geometric from sigma_min to sigma_max, in units of the data."""
     rising(zero=0.0, sigma_min=sigma_min, sigma_max=sigma_max)
     return System(
         "score SDE, VE", "pixel", "$1$", r"$2\log\sigma$", "exact after rescaling",
@@ -226,6 +230,37 @@ def edm(
     )  # fmt: skip
 
 
+@door
+def flow_matching(shape: Shape, sigma_min: float = 0.0, reach: float = 10.0) -> System:
+    """Flow matching on straight lines, u = (1 - s) u(0) + (sigma_min + (1 - sigma_min) s) eps; rectified flow at 0.
+
+    gamma = 2 log(noise / signal) has no end at s = 1 and, without sigma_min, none at s = 0. So t runs evenly over the
+    times s with -reach <= gamma <= reach. The loss is of the velocity du / ds, whose error is that of eps over 1 - s.
+
+    References:
+        Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow, X. Liu, C. Gong, Q. Liu,
+        2022, https://arxiv.org/abs/2209.03003
+    """
+    sigma_min, reach = checks.real("sigma_min", sigma_min, least=0), checks.real("reach", reach, above=0)
+    rising(sigma_min=sigma_min, one=1)
+    rest = 1 - sigma_min
+    line = rf"({sigma_min:g} + {rest:g}\,t)" if sigma_min else "t"
+    first, last = (max(0.0, 1 - 1 / (math.exp(end / 2) + rest)) for end in (-reach, reach))
+
+    def gamma(t: Tensor) -> Tensor:
+        s = first + (last - first) * t
+        return rescale(1 - s, sigma_min + rest * s).gamma
+
+    return System(
+        "flow matching", "pixel", "$1$", rf"$2\log[{line} / (1 - t)]$", "exact after rescaling",
+        "It defines states and a flow, no chain; its states are ours, and an Euler step of its flow is a DDIM step.",
+        "Flow Matching for Generative Modeling, Y. Lipman, R. T. Q. Chen, H. Ben-Hamu, M. Nickel, M. Le, 2022, "
+        "https://arxiv.org/abs/2210.02747",
+        Schedule(gamma, shape),
+        weight=Weighting(rf"$({rest:g} + e^{{\gamma/2}})^2$", lambda gamma, dgamma_dt: (rest + (gamma / 2).exp()) ** 2),
+    )  # fmt: skip
+
+
 # The prior or the schedule differs between components
 
 
@@ -250,7 +285,7 @@ def flipped_snr(variance: PerComponent) -> System:
     place, flat = variance.flatten().argsort(), variance.flatten()
     mirror = torch.empty_like(flat).scatter(0, place, flat[place.flip(0)]).view_as(variance)
     return System(
-        "FlippedSNR", "fourier", r"$\sqrt{C_i / C_{d-i}}$", "as DDPM", "exact",
+        "FlippedSNR", "fourier", r"$\sqrt{C_i / C_{\bar\imath}}$", "as DDPM", "exact",
         "A control, and an instance like any other, although its authors did not succeed in training it.",
         _FOURIER, ddpm(shape_of(variance)).schedule, (variance / mirror).sqrt(),
     )  # fmt: skip
@@ -258,7 +293,7 @@ def flipped_snr(variance: PerComponent) -> System:
 
 @door
 def blurring(shape: Shape, sigma_blur: float = 20.0, floor: float = 0.001, reach: float = 10.0) -> System:
-    """Blurring diffusion: cosines of wavenumber k are damped by d = (1 - floor) exp(-k^2 sigma_B^2 / 2) + floor.
+    """Blurring diffusion: cosines of wavenumber k are damped by h = (1 - floor) exp(-k^2 sigma_B^2 / 2) + floor.
 
     sigma_B = sigma_blur sin^2(pi t / 2) pixels; without blur gamma would go from -reach to reach.
     """
@@ -273,7 +308,7 @@ def blurring(shape: Shape, sigma_blur: float = 20.0, floor: float = 0.001, reach
         return rescale(angle.cos() * ((1 - floor) * (-(blur**2) / 2).exp() + floor), angle.sin()).gamma
 
     return System(
-        "blurring diffusion", "dct", "$1$", r"$\gamma_{\cos} - 2\log d_i$", "exact after rescaling",
+        "blurring diffusion", "dct", "$1$", r"$\gamma_{\cos} - 2\log h_i$", "exact after rescaling",
         "Blur is a factor for each cosine that never rises: all it does is to noise fine waves earlier.",
         "Blurring Diffusion Models, E. Hoogeboom, T. Salimans, 2022, https://arxiv.org/abs/2209.05557",
         Schedule(gamma, shape), weight=PLAIN,
@@ -282,21 +317,25 @@ def blurring(shape: Shape, sigma_blur: float = 20.0, floor: float = 0.001, reach
 
 @door
 def mulan(
-    a: PerComponent, b: PerComponent, c: PerComponent, gamma_min: float = -13.3, gamma_max: float = 5.0
-) -> System:
-    """MuLAN: each pixel's gamma' is proportional to (a t^2 + b t + c)^2, with coefficients that a network provides."""
+    quadratic: PerComponent, linear: PerComponent, constant: PerComponent,
+    gamma_min: float = -13.3, gamma_max: float = 5.0,
+) -> System:  # fmt: skip
+    """MuLAN: a pixel's gamma' is proportional to the square of a quadratic in t, with coefficients from a network."""
     rising(gamma_min=gamma_min, gamma_max=gamma_max)
 
     def rise(t: Tensor) -> Tensor:
-        x, y, z = a.to(t), b.to(t), c.to(t)
+        x, y, z = quadratic.to(t), linear.to(t), constant.to(t)
         return t * (z**2 + t * (y * z + t * ((y**2 + 2 * x * z) / 3 + t * (x * y / 2 + t * x**2 / 5))))
 
+    def gamma(t: Tensor) -> Tensor:
+        return gamma_min + (gamma_max - gamma_min) * rise(t) / rise(torch.ones_like(t))
+
     return System(
-        "MuLAN", "pixel", "$1$", r"$\gamma_i' \propto (a_i t^2 + b_i t + c_i)^2$", "exact",
-        "Given its latent z, from which a network computes a, b and c; over z the model is a mixture.",
+        "MuLAN", "pixel", "$1$", r"$\gamma_i' \propto (q_{2i} t^2 + q_{1i} t + q_{0i})^2$", "exact",
+        "Given its latent z, from which a network computes the coefficients; over z the model is a mixture.",
         "Diffusion Models With Learned Adaptive Noise, S. S. Sahoo, A. Gokaslan, C. De Sa, V. Kuleshov, 2023, "
         "https://arxiv.org/abs/2312.13236",
-        Schedule(lambda t: gamma_min + (gamma_max - gamma_min) * rise(t) / rise(torch.ones_like(t)), shape_of(a)),
+        Schedule(gamma, shape_of(quadratic)),
         weight=BOUND,
     )  # fmt: skip
 
@@ -321,13 +360,18 @@ def diffusion_forcing(order: schedules.Order, steps: int = 100, lag: float = 1.0
 
 @door
 def rolling(order: schedules.Order, window: int = 4) -> System:
-    """Rolling diffusion: frame k is at its own time clip((k + s) / window, 0, 1) while s slides through the film."""
+    """Rolling diffusion: frame l is at its own time clip((l + s) / window, 0, 1) while s slides through the film.
+
+    Equations 21 and 23 of the paper, as a public reimplementation gives them: while a window stands still its frame j
+    goes from (j + 1) / window to j / window, in the first window from 1 to j / window. Over a film these pieces join:
+    s falls from `window` to 1 - frames.
+    """
     frames, window = order.unique().numel(), checks.whole("window", window, 0)
     if not 0 < window <= frames:
         raise ValueError(f"window must lie between 1 and the number of frames, {frames}; got {window}")
     return System(
-        "rolling diffusion", "frame", "$1$", r"$\gamma(\mathrm{clip}((k_i + s) / W))$", "exact",
-        "For a finite film, on the path of diffusion forcing, if our memory of its ramp is right.",
+        "rolling diffusion", "frame", "$1$", r"$\gamma(\mathrm{clip}((l_i + s) / w))$", "exact",
+        "For a finite film: its windows, one after another, join to one path, that of diffusion forcing.",
         "Rolling Diffusion Models, D. Ruhe, J. Heek, T. Salimans, E. Hoogeboom, 2024, https://arxiv.org/abs/2402.09470",
         _staggered(order, window / (frames - 1 + window), schedules.cosine((1, 1, 1))),
     )  # fmt: skip
@@ -404,7 +448,7 @@ def heat_dissipation(shape: Shape, blur_min: float = 0.5, blur_max: float = 20.0
         return 2 * math.log(noise) + (k.to(t) * blur_min * (blur_max / blur_min) ** t) ** 2
 
     return System(
-        "heat dissipation", "dct", "$1$", r"$(2\log\delta + k_i^2\sigma_B^2)$", "not an instance",
+        "heat dissipation", "dct", "$1$", rf"$(2\log {noise:g} + k_i^2\sigma_B^2)$", "not an instance",
         "Its levels share no noise, so that they form no Markov chain of ours, and the average never drowns.",
         "Generative Modelling With Inverse Heat Dissipation, S. Rissanen, M. Heinonen, A. Solin, 2022, "
         "https://arxiv.org/abs/2206.13397",
@@ -423,7 +467,7 @@ def everything(shape: Shape, variance: Callable[[bases.Basis], PerComponent]) ->
     waves = variance(bases.Fourier(shape))
     return [
         ddpm(shape), improved_ddpm(shape), score_sde_vp(shape), score_sde_sub_vp(shape), score_sde_ve(shape),
-        vdm(shape), edm(shape), equal_snr(waves), flipped_snr(waves), blurring(shape),
+        vdm(shape), edm(shape), flow_matching(shape), equal_snr(waves), flipped_snr(waves), blurring(shape),
         mulan(2 * (1 - right), -right, 0.2 + right), diffusion_forcing(column), rolling(column),
         mar(schedules.patch_order(shape, shape[1] // 4)), wavelet(variance(bases.Haar(shape, 2)), 2),
         cascaded(shape), subspace(), heat_dissipation(shape),

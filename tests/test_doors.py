@@ -342,6 +342,7 @@ FUNCTIONS = {
     "zoo.edm": over(
         gamma_of(zoo.edm), SHAPE, sigma_data=0.5, sigma_min=0.1, sigma_max=20.0, rho=7.0, p_mean=-1.2, p_std=1.2
     ),
+    "zoo.flow_matching": over(gamma_of(zoo.flow_matching), SHAPE, sigma_min=0.01, reach=10.0),
     "zoo.blurring": over(gamma_of(zoo.blurring), SHAPE, sigma_blur=2.0, floor=0.001, reach=10.0),
     "zoo.mulan": over(gamma_of(zoo.mulan), *[PRIOR.scale] * 3, gamma_min=-13.3, gamma_max=5.0),
     "zoo.diffusion_forcing": over(gamma_of(zoo.diffusion_forcing), COLUMN, steps=4, lag=1.0),

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 from cases import COVARIANCE, randn
-from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, ScoreSdeVeScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ScoreSdeVeScheduler,
+)
 from diffusers.schedulers.deprecated.scheduling_sde_vp import ScoreSdeVpScheduler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -126,11 +132,31 @@ def pyramid(steps=100, lag=1):
     return at_levels(1 - torch.arange(height, dtype=torch.float64) / (height - 1), level[:, None, None, :])
 
 
-def rolled(window=4):
-    """Frame k at time s has noised for (k + s) / window; s = -5 leaves all six frames clean, s = window drowns them."""
-    s = torch.linspace(-5, window, 61, dtype=torch.float64)
-    level = (torch.arange(6, dtype=torch.float64) + s[:, None]) / window
-    return at_levels((s + 5) / (window + 5), level.clamp(0, 1)[:, None, None, :])
+def rolled(window=4, frames=6):
+    """The first window from noise, then one after another until the last frame is clean, t from 1 to 0 in each."""
+    j, rows, times = torch.arange(window, dtype=torch.float64), [], []
+    for place in range(frames):
+        for t in torch.linspace(1, 0, 9, dtype=torch.float64):
+            inside = (j / window + t).clamp(0, 1) if place == 0 else (j + t) / window
+            film = torch.cat([torch.zeros(place), inside, torch.ones(frames)])
+            rows.append(film[:frames])
+            times.append(window * float(t) + frames - 1 if place == 0 else float(t) + frames - 1 - place)
+    return at_levels(torch.tensor(times).double() / (window + frames - 1), torch.stack(rows)[:, None, None, :])
+
+
+def straight(sigma_min=0.0, reach=10.0):
+    """psi = tau x_1 + (1 - (1 - sigma_min) tau) x_0, from noise x_0 at tau = 0 to data, where |log SNR| <= reach."""
+
+    def where(log_snr):  # bisection
+        low, high = 0.0, 1.0
+        for _ in range(100):
+            tau = (low + high) / 2
+            low, high = (tau, high) if 2 * math.log(tau / (1 - (1 - sigma_min) * tau)) < log_snr else (low, tau)
+        return low
+
+    tau = torch.linspace(where(reach), where(-reach), 61, dtype=torch.float64)
+    spread = 1 - (1 - sigma_min) * tau
+    return grid(), tau.reshape(-1, 1, 1, 1), spread.reshape(-1, 1, 1, 1)
 
 
 def learnt_polynomial():
@@ -162,6 +188,7 @@ ORACLES = {
     "score SDE, VE": exploding,
     "VDM": lambda: from_gamma(grid(), (-13.3 + 18.3 * grid()).reshape(-1, 1, 1, 1)),
     "EDM": karras,
+    "flow matching": straight,
     "EqualSNR": lambda: coloured(VARIANCE),
     "FlippedSNR": lambda: coloured(flipped()),
     "blurring diffusion": blurred,
@@ -240,6 +267,7 @@ def test_ends_are_those_we_quote():
     for name, expected in {
         "DDPM": (-9.210, 10.118), "improved DDPM": (-10.095, 19.836), "score SDE, VP": (-13.815, 10.050),
         "score SDE, VE": (-9.210, 7.824), "VDM": (-13.3, 5.0), "EDM": (-11.043, 10.15),
+        "flow matching": (-10.0, 10.0),
     }.items():  # fmt: skip
         assert ends[name] == pytest.approx(expected, abs=6e-4), name
     last_but_one = SYSTEMS["improved DDPM"].schedule.gamma(torch.tensor(998 / 999).double()).max().item()
@@ -433,6 +461,59 @@ def test_velocity_loss_of_edm_is_its_weight():
     close((v - w) ** 2, (1 + gamma.exp()) * (guesses[0] - guesses[1]) ** 2)
 
 
+# Flow matching and rectified flow
+
+
+@pytest.mark.parametrize("sigma_min", [0.0, 1e-3, 0.02, 0.3])
+def test_straight_lines_with_a_smallest_noise(sigma_min):
+    """Its states at any smallest noise; they start at 2 log sigma_min if that is above -reach, at -reach if not."""
+    schedule = zoo.flow_matching(SHAPE, sigma_min, 8.0).schedule
+    t, a, b = straight(sigma_min, 8.0)
+    close(schedule.gamma(t), (2 * (b / a).log()).expand(len(t), *SHAPE))
+    first, last = schedule.gamma(torch.tensor([0.0, 1.0]).double())[:, 0, 0, 0].tolist()
+    assert first == pytest.approx(max(-8.0, 2 * math.log(sigma_min)) if sigma_min else -8.0, abs=1e-9)
+    assert last == pytest.approx(8.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("sigma_min", [0.0, 0.02, 0.3])
+def test_velocity_loss_of_flow_matching_is_its_weight(sigma_min):
+    """|v - (x_1 - (1 - sigma_min) x_0)|^2 at one time and state, for any guess of the noise x_0."""
+    system = zoo.flow_matching(SHAPE, sigma_min)
+    t, a, b = straight(sigma_min)
+    data, noise, guess = (randn(len(t), *SHAPE, seed=seed) for seed in (56, 57, 58))
+    state = a * data + b * noise
+    target, velocity = data - (1 - sigma_min) * noise, (state - b * guess) / a - (1 - sigma_min) * guess
+    gamma, rate = system.schedule.gamma(t), system.schedule.dgamma_dt(t)
+    close(system.weight(gamma, rate) * (noise - guess) ** 2, (velocity - target) ** 2)
+    assert system.weight.formula == f"$({1 - sigma_min:g} + e^{{\\gamma/2}})^2$"
+
+
+def test_weight_of_a_unit_of_gamma_in_rectified_flow():
+    """e^(gamma/2) / 2 for each unit of its own time, of which a share of tanh(reach / 4) is kept."""
+    system, t = SYSTEMS["flow matching"], grid()
+    gamma, rate = system.schedule.gamma(t), system.schedule.dgamma_dt(t)
+    close(system.weight(gamma, rate) / rate * math.tanh(10 / 4), (gamma / 2).exp() / 2)
+    assert zoo.flow_matching(SHAPE).gamma == r"$2\log[t / (1 - t)]$"
+    assert zoo.flow_matching(SHAPE, 0.01).gamma == r"$2\log[(0.01 + 0.99\,t) / (1 - t)]$"
+
+
+def test_states_and_steps_of_diffusers_flow_matching_are_ours():
+    """Its noising, and one Euler step along its velocity: a DDIM step."""
+    scheduler, process = FlowMatchEulerDiscreteScheduler(), process_of("flow matching")
+    scheduler.set_timesteps(sigmas=[0.9, 0.5, 0.2])
+    first = 1 / (1 + math.exp(5))
+    u0, eps = randn(1, *SHAPE, seed=59).float(), randn(1, *SHAPE, seed=60).float()
+    for n, (now, then) in enumerate(((0.9, 0.5), (0.5, 0.2))):
+        u = FlowMatchEulerDiscreteScheduler().scale_noise(u0, torch.tensor([1000 * now]), eps)
+        t, s = ((torch.tensor(x).double() - first) / (1 - 2 * first) for x in (now, then))
+        unit, later = ((x**2 + (1 - x) ** 2) ** -0.5 for x in (now, then))
+        level = process.schedule.gamma(t)
+        close(unit * u.double(), torch.sigmoid(-level).sqrt() * u0 + torch.sigmoid(level).sqrt() * eps, 1e-5)
+        theirs = scheduler.step(eps - u0, scheduler.timesteps[n], u).prev_sample
+        step = samplers.ddim(lambda chi, gamma: eps.double(), process, unit * u.double(), t, s).mean
+        close(later * theirs.double(), step, 1e-5)
+
+
 # Other settings
 
 
@@ -552,6 +633,11 @@ def test_impossible_settings_are_refused_with_their_values():
         (lambda: zoo.edm(SHAPE, sigma_data=-1.0), "sigma_data must be above zero, 0.0; got -1.0"),
         (lambda: zoo.edm(SHAPE, sigma_min=3.0, sigma_max=2.0), "sigma_max must be above sigma_min, 3.0; got 2.0"),
         (lambda: zoo.blurring(SHAPE, floor=0.0), "floor"),
+        (lambda: zoo.flow_matching(SHAPE, -0.1), "sigma_min"),
+        (lambda: zoo.flow_matching(SHAPE, 1.0), "one must be above sigma_min, 1.0; got 1"),
+        (lambda: zoo.flow_matching(SHAPE, reach=0.0), "reach"),
+        (lambda: zoo.rescale(torch.zeros(1), torch.ones(1)), "signal"),
+        (lambda: zoo.rescale(torch.ones(1), torch.zeros(1)), "noise"),
         (lambda: zoo.mulan(COLUMN, COLUMN, COLUMN), "finite"),  # no rise at all in column 0
         (lambda: zoo.diffusion_forcing(COLUMN, 10, 11), "steps = 10.*got 11"),
         (lambda: zoo.diffusion_forcing(COLUMN, 10, -1), "got -1"),
