@@ -113,6 +113,14 @@ def gaussian(mean: Float[Tensor, " d"], covariance: Float[Tensor, "d d"]) -> Gau
     return GaussianMixture(mean[None], covariance[None])
 
 
+@door
+def curve(n: int, length: float) -> Float[Tensor, "n n"]:
+    """Covariance of the heights of a smooth random curve at n places, exp(-(i - j)^2 / 2 length^2), float64 (n, n)."""
+    length = checks.real("length", length, above=0)
+    place = torch.arange(checks.whole("n", n), dtype=torch.float64)
+    return (-0.5 * ((place[:, None] - place) / length) ** 2).exp()
+
+
 @inner
 def gaussian_eps(white_t: Batch, gamma: Gamma, white_variance: Float[Tensor, "c h w"]) -> Batch:
     """E[eps | chi_t] for independent N(0, c): sigma chi_t / (alpha^2 c + sigma^2)."""

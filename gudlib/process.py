@@ -14,12 +14,13 @@ network, or a closed form of `gudlib.exact`. It gets the vector gamma, never t n
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gudlib.bases import Basis
-from gudlib.doors import inner
-from gudlib.priors import Prior
+from gudlib.bases import Basis, Pixel
+from gudlib.doors import door, inner
+from gudlib.priors import Moments, Prior, isotropic
 from gudlib.schedules import Schedule, Time, alpha, sigma
 
 Batch = Float[Tensor, "b c h w"]
@@ -133,3 +134,10 @@ class Process(nn.Module):
         """
         s = self.schedule.sigma(t)
         return 0.5 * self.schedule.dgamma_dt(t) * s * (eps - s * white_t)
+
+
+@door
+def plain(schedule: Schedule) -> Process:
+    """The process of data that are white components already: nothing is transformed, mean 0 and scale 1, in float64."""
+    zero = torch.zeros(schedule.shape, dtype=torch.float64)
+    return Process(Pixel(schedule.shape), isotropic(Moments(zero, zero + 1)), schedule)

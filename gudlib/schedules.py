@@ -234,6 +234,15 @@ def soft_conditioning(
     return Schedule(lambda t: free(t).clamp(gamma_min, gamma_max), shape_of(order), kinks)
 
 
+@door
+def staggered(order: Order, a: float, gamma_min: float = -7.0, gamma_max: float = 5.0) -> Schedule:
+    """`soft_conditioning` of white data, cut off at its own targets: components wait, move, and stop.
+
+    All begin at `gamma_max` and end at `gamma_min`, whatever `a`, so that paths of several `a` can be compared.
+    """
+    return soft_conditioning(order, a, 0.0, gamma_min, gamma_max, gamma_min, gamma_max)
+
+
 def offset_lines(
     order: Order,
     a: PerImage,

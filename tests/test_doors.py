@@ -283,6 +283,7 @@ FUNCTIONS = {
     "schedules.vp": over(gamma_of(schedules.vp), SHAPE, beta_min=0.1, beta_max=20.0),
     "schedules.cosine": over(gamma_of(schedules.cosine), SHAPE, gamma_min=-9.0, gamma_max=9.0, offset=0.008),
     "schedules.soft_conditioning": over(gamma_of(schedules.soft_conditioning), PRIOR.order, a=1.0),
+    "schedules.staggered": over(gamma_of(schedules.staggered), PRIOR.order, a=1.0, gamma_min=-7.0, gamma_max=5.0),
     "schedules.sequential": over(gamma_of(schedules.sequential), COLUMN, b=0.5),
     "families.SoftConditioning": over(
         lambda **o: SoftConditioning(PRIOR, (0.5, 1.5), **o)(2, generator()).gamma(torch.tensor([0.0, 1.0])),

@@ -10,6 +10,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from gudlib import schedules
 from gudlib.exact import (
     GaussianMixture,
+    curve,
     gaussian,
     gaussian_eps,
     gaussian_error,
@@ -277,3 +278,9 @@ def test_divergence_of_normals_is_torchs():
     zero = torch.zeros(D, dtype=torch.float64)
     expected = torch.distributions.kl_divergence(MultivariateNormal(zero, WHITE), MultivariateNormal(zero, other))
     torch.testing.assert_close(normal_kl(WHITE, other), expected)
+
+
+def test_a_curves_points_are_alike_if_they_are_near():
+    C = curve(4, 1.5)
+    torch.testing.assert_close(C, torch.exp(-(torch.cdist(*[torch.arange(4.0)[:, None].double()] * 2) ** 2) / 4.5))
+    assert torch.linalg.eigvalsh(C).min() > 0

@@ -6,7 +6,7 @@ from cases import BASES, COLUMN, PRIORS, SCHEDULES, SHAPE, moments, randn, times
 
 from gudlib import bases, priors, schedules
 from gudlib.exact import gaussian_eps
-from gudlib.process import Process, diffuse, from_eps, to_eps
+from gudlib.process import Process, diffuse, from_eps, plain, to_eps
 
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 KINDS = ("eps", "x0", "score", "v")
@@ -179,6 +179,14 @@ def test_along_another_schedule_shares_basis_and_prior():
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_a_plain_process_leaves_data_as_they_are():
+    schedule = schedules.linear(SHAPE)
+    process, data = plain(schedule), randn(2, *SHAPE, seed=8)
+    assert process.schedule is schedule
+    torch.testing.assert_close(process.white(data), data, rtol=0, atol=0)
+    torch.testing.assert_close(process.data(data), data, rtol=0, atol=0)
+
+
 def test_pieces_of_different_shapes_are_refused_with_their_shapes():
     process = make()
     with pytest.raises(ValueError, match=r"'schedule': \(1, 2, 4\)"):

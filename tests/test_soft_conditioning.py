@@ -6,8 +6,8 @@ import pytest
 import torch
 from cases import COVARIANCE, SHAPE, D, randn
 
-from gudlib import bases, exact, priors, samplers, schedules
-from gudlib.process import Process, diffuse
+from gudlib import exact, priors, samplers, schedules
+from gudlib.process import diffuse, plain
 
 C = COVARIANCE / COVARIANCE.diagonal().sqrt() / COVARIANCE.diagonal().sqrt()[:, None]  # coupled, unit variances
 ORDER = torch.arange(float(D), dtype=torch.float64).reshape(SHAPE)
@@ -17,9 +17,7 @@ UNIT = torch.eye(D, dtype=torch.float64)
 
 
 def soft(a, order=ORDER, low=LOW, high=HIGH):
-    return schedules.soft_conditioning(
-        order, a, gamma_min_target=low, gamma_max_target=high, gamma_min=low, gamma_max=high
-    )
+    return schedules.staggered(order, a, low, high)
 
 
 def noised(gamma, covariance=C):
@@ -52,6 +50,30 @@ def diffusion_term(predict, a):
 MODEL = exact.gaussian(torch.zeros(D, dtype=torch.float64), C)
 WRONG = exact.gaussian(torch.zeros(D, dtype=torch.float64), UNIT)
 ROUTES = (-H, 0.0, 2.0, 7.0, 1.3 * H)
+
+
+def test_staggered_schedules_share_their_ends_and_are_soft_conditioning_between():
+    t = torch.linspace(0, 1, 201, dtype=torch.float64)
+    for a in (-H, -3.0, 0.0, 2.0, 1.3 * H):
+        gamma = soft(a).gamma(t)
+        whole = schedules.soft_conditioning(ORDER, a, 0.0, LOW, HIGH).gamma(t)
+        torch.testing.assert_close(gamma, whole.clamp(LOW, HIGH), rtol=0, atol=0)
+        torch.testing.assert_close(gamma[0], torch.full_like(gamma[0], LOW), rtol=0, atol=1e-9)
+        torch.testing.assert_close(gamma[-1], torch.full_like(gamma[-1], HIGH), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("a", [-1.0, 0.4, 1.0, 7.0])
+def test_the_wiener_weight_of_soft_conditioning_is_a_fermi_function(a, scale):
+    """W = 1 / (1 + exp(a (l - l*))) with a level l* that moves linearly in time, in every prior."""
+    variance = COVARIANCE.diagonal().reshape(SHAPE)
+    prior = priors.interpolated(priors.Moments(0 * variance, variance), scale)
+    order, t = prior.order, torch.linspace(0, 1, 21, dtype=torch.float64)
+    low, high = (a * order).min(), (a * order).max()
+    schedule = schedules.soft_conditioning(order, a, prior.log_variance, LOW, HIGH)
+    snr = schedule.snr(t, prior.log_variance.exp())
+    level = (high - LOW - t * (H + high - low)) / a
+    torch.testing.assert_close(snr / (1 + snr), torch.sigmoid(a * (level.view(-1, 1, 1, 1) - order)))
 
 
 @pytest.mark.parametrize("w", [1.0, 1.4, 3.0, 10.0])
@@ -95,11 +117,9 @@ def test_the_slope_has_no_curl_and_that_of_a_badly_told_denoiser_has():
 def test_the_map_from_noise_to_data_slides_from_the_symmetric_root_to_cholesky():
     values, vectors = torch.linalg.eigh(C)
     root, factor = vectors @ values.sqrt().diag() @ vectors.T, torch.linalg.cholesky(C)
-    zero = torch.zeros(SHAPE, dtype=torch.float64)
     found = {}
     for a, high in ((0.0, HIGH), (HIGH - LOW, HIGH), (24.0, 12.0)):
-        prior = priors.isotropic(priors.Moments(zero, zero + 1))
-        path = Process(bases.Pixel(SHAPE), prior, soft(a, high=high))
+        path = plain(soft(a, high=high))
         drawn = samplers.sample(MODEL, path, D, 600, "heun", start=UNIT.reshape(D, *SHAPE)).white
         found[a] = drawn.flatten(1).T
         torch.testing.assert_close(found[a] @ found[a].T, C, rtol=0, atol=0.005)
@@ -149,11 +169,8 @@ def test_a_constant_factor_keeps_the_bound_independent_of_the_route_and_other_fa
 
 @pytest.mark.parametrize("method", ["ddim", "heun", "ancestral"])
 def test_a_samplers_error_depends_on_the_stride_not_on_the_route(method):
-    zero = torch.zeros(SHAPE, dtype=torch.float64)
-    prior = priors.isotropic(priors.Moments(zero, zero + 1))
-
     def distance(a, stride):
-        path = Process(bases.Pixel(SHAPE), prior, soft(a))
+        path = plain(soft(a))
         S, steps = UNIT, round((H + (D - 1) * a) / stride)
         grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         for t, s in zip(grid[:-1], grid[1:], strict=True):
