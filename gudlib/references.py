@@ -600,7 +600,7 @@ class Marginals(_Pyramid):
         w, m, v = (x.flatten(0, 2).to(data) for x in (self.weight, self.mean, self.variance))
         log = (w / w.sum(1, keepdim=True)).log() - 0.5 * (2 * math.pi * v).log()
         nats = []
-        for part in data.split(32):
+        for part in data.split(max(1, 2**20 // w.numel())):  # 8 MB at a time
             off = self.basis(part).flatten(1)[..., None] - m
             nats.append(-(log - 0.5 * off.square() / v).logsumexp(-1).sum(1))
         return torch.cat(nats)
