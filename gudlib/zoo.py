@@ -11,8 +11,8 @@ and whose states form a Markov chain. With any scale S_i it is one of ours, in o
 
 for chi has alpha_i^2 + sigma_i^2 = 1, and a known factor takes transitions and posteriors of one chain to those of the
 other. (A model that defines single states and a flow, but no chain, leaves the transitions to us.) The *verdict* says
-how far a model is covered: `exact`; `exact after rescaling`, by this factor; `limit` of our schedules; `approximate`;
-`not an instance`.
+how far a model is covered: `exact`, the same states and, where it defines one, the same chain; `exact after
+rescaling`, by this factor; `limit` of our schedules; `approximate`, but for one step; `not an instance`.
 
 Losses are compared as int_0^1 dt sum_i lambda_i e_i with e_i = E(eps_i - eps_hat_i)^2, where the weight lambda may
 depend on gamma_i and on its derivative gamma_i'; lambda / gamma_i' is the weight of a unit of gamma, which does not
@@ -118,7 +118,7 @@ def ddpm(shape: Shape, steps: int = 1000, beta_min: float = 1e-4, beta_max: floa
     betas = torch.linspace(beta_min, beta_max, steps, dtype=torch.float64)
     return System(
         "DDPM", "pixel", "$1$", r"$\log[(1 - \bar\alpha_n) / \bar\alpha_n]$", "exact",
-        "On the published grid of times its steps are ours; between grid points gamma is a straight line, our choice.",
+        r"Its steps are ours on the published grid of times; between them $\gamma$ is a straight line, our choice.",
         "Denoising Diffusion Probabilistic Models, J. Ho, A. Jain, P. Abbeel, 2020, https://arxiv.org/abs/2006.11239",
         _tabulated(-torch.log1p(-betas), shape), weight=PLAIN,
     )  # fmt: skip
@@ -131,7 +131,7 @@ def improved_ddpm(shape: Shape, steps: int = 1000, cap: float = 0.999) -> System
     rising(zero=0.0, cap=cap, one=1)
     return System(
         "improved DDPM", "pixel", "$1$", r"$\log[f(0) / f(t) - 1]$", "exact",
-        "On its grid like DDPM; the last beta is capped.",
+        r"As DDPM, on the published grid; the last $\beta_n$, which would be 1, is capped.",
         "Improved Denoising Diffusion Probabilistic Models, A. Nichol, P. Dhariwal, 2021, "
         "https://arxiv.org/abs/2102.09672",
         _tabulated(_cosine_decay(steps, cap), shape), weight=PLAIN,
@@ -149,7 +149,7 @@ def score_sde_vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0) ->
     """The variance-preserving SDE: du = -beta u dt / 2 + sqrt(beta) dB, beta linear in t."""
     return System(
         "score SDE, VP", "pixel", "$1$", r"$\log(e^B - 1),\ B = \int\beta$", "exact",
-        "The same SDE from its smallest time 1e-5 on; with likelihood weighting, lambda = gamma'.",
+        r"The same SDE from its smallest time $10^{-5}$ on; with its likelihood weighting $\lambda = \gamma'$.",
         _SCORE_SDE, schedules.vp(shape, beta_min, beta_max), weight=PLAIN,
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ def score_sde_sub_vp(shape: Shape, beta_min: float = 0.1, beta_max: float = 20.0
 
     return System(
         "score SDE, sub-VP", "pixel", "$1$", r"$B + 2\log(1 - e^{-B})$", "exact after rescaling",
-        "Its variance is below one on the way, which a factor known at each time undoes.",
+        "Its variance is below one on the way; a factor known at each time undoes that.",
         _SCORE_SDE, Schedule(gamma, shape, vp.kinks), weight=PLAIN,
     )  # fmt: skip
 
@@ -176,7 +176,7 @@ def score_sde_ve(shape: Shape, sigma_min: float = 0.01, sigma_max: float = 50.0)
     rising(zero=0.0, sigma_min=sigma_min, sigma_max=sigma_max)
     return System(
         "score SDE, VE", "pixel", "$1$", r"$2\log\sigma$", "exact after rescaling",
-        "Noise grows while the data stay; shrinking both makes it a straight line in gamma.",
+        r"Noise grows while the data stay; shrinking both by $\kappa$ makes it ours, with $\gamma$ a straight line.",
         _SCORE_SDE, schedules.linear(shape, 2 * math.log(sigma_min), 2 * math.log(sigma_max)), weight=PLAIN,
     )  # fmt: skip
 
@@ -194,7 +194,7 @@ def vdm(
 
     return System(
         "VDM", "pixel", "$1$", r"$\gamma_\eta(t),\ \mathrm{learnt}$", "exact",
-        "It is written in gamma from the start, and its loss is the likelihood bound.",
+        r"It is written in $\gamma$ from the start, and its loss is the likelihood bound.",
         "Variational Diffusion Models, D. P. Kingma, T. Salimans, B. Poole, J. Ho, 2021, "
         "https://arxiv.org/abs/2107.00630",
         Schedule(gamma, shape), weight=BOUND,
@@ -222,7 +222,7 @@ def edm(
 
     return System(
         "EDM", "pixel", r"$\sigma_\mathrm{data}$", r"$2\log(\sigma / \sigma_\mathrm{data})$", "exact after rescaling",
-        "Its preconditioning is our white process: c_in u is chi, and its network predicts -v.",
+        r"Its network is given $c_\mathrm{in} u$, which is our $\hat\chi$, and predicts $-v$.",
         "Elucidating the Design Space of Diffusion-Based Generative Models, T. Karras, M. Aittala, T. Aila, S. Laine, "
         "2022, https://arxiv.org/abs/2206.00364",
         Schedule(gamma, shape), sigma_data,
@@ -273,7 +273,7 @@ def equal_snr(variance: PerComponent) -> System:
     checks.positive("variance", variance)
     return System(
         "EqualSNR", "fourier", r"$\sqrt{C_i}$", "as DDPM", "exact",
-        "It is the whitened prior with one schedule for all; its weighting we could not verify.",
+        "It is the whitened prior with one schedule for all; we could not verify its weighting.",
         _FOURIER, ddpm(shape_of(variance)).schedule, variance.sqrt(),
     )  # fmt: skip
 
@@ -286,7 +286,7 @@ def flipped_snr(variance: PerComponent) -> System:
     mirror = torch.empty_like(flat).scatter(0, place, flat[place.flip(0)]).view_as(variance)
     return System(
         "FlippedSNR", "fourier", r"$\sqrt{C_i / C_{\bar\imath}}$", "as DDPM", "exact",
-        "A control, and an instance like any other, although its authors did not succeed in training it.",
+        "A control experiment: an instance like any other, although its authors did not succeed in training it.",
         _FOURIER, ddpm(shape_of(variance)).schedule, (variance / mirror).sqrt(),
     )  # fmt: skip
 
@@ -309,7 +309,7 @@ def blurring(shape: Shape, sigma_blur: float = 20.0, floor: float = 0.001, reach
 
     return System(
         "blurring diffusion", "dct", "$1$", r"$\gamma_{\cos} - 2\log h_i$", "exact after rescaling",
-        "Blur is a factor for each cosine that never rises: all it does is to noise fine waves earlier.",
+        "Blur multiplies each cosine by a factor that never rises; divided out, it means noising fine waves earlier.",
         "Blurring Diffusion Models, E. Hoogeboom, T. Salimans, 2022, https://arxiv.org/abs/2209.05557",
         Schedule(gamma, shape), weight=PLAIN,
     )  # fmt: skip
@@ -332,7 +332,7 @@ def mulan(
 
     return System(
         "MuLAN", "pixel", "$1$", r"$\gamma_i' \propto (q_{2i} t^2 + q_{1i} t + q_{0i})^2$", "exact",
-        "Given its latent z, from which a network computes the coefficients; over z the model is a mixture.",
+        r"For each value of its latent $z$, from which a network computes $q$; over all $z$ the model is a mixture.",
         "Diffusion Models With Learned Adaptive Noise, S. S. Sahoo, A. Gokaslan, C. De Sa, V. Kuleshov, 2023, "
         "https://arxiv.org/abs/2312.13236",
         Schedule(gamma, shape_of(quadratic)),
@@ -351,7 +351,8 @@ def diffusion_forcing(order: schedules.Order, steps: int = 100, lag: float = 1.0
         raise ValueError(f"lag must lie between 0 (diffusion) and steps = {steps} (one after another); got {lag}")
     return System(
         "diffusion forcing", "token", "$1$", r"$\gamma(\mathrm{level}_i)$", "exact",
-        "Of its sampler's path at whole lags; it is trained at independent levels for all tokens, along no path.",
+        "Its sampler walks along this path (for whole-number lags); its training draws all levels independently, on no "
+        "path.",
         "Diffusion Forcing: Next-token Prediction Meets Full-Sequence Diffusion, B. Chen et al., 2024, "
         "https://arxiv.org/abs/2407.01392",
         _staggered(order, steps / (steps + lag * (order.unique().numel() - 1)), schedules.cosine((1, 1, 1))),
@@ -371,7 +372,7 @@ def rolling(order: schedules.Order, window: int = 4) -> System:
         raise ValueError(f"window must lie between 1 and the number of frames, {frames}; got {window}")
     return System(
         "rolling diffusion", "frame", "$1$", r"$\gamma(\mathrm{clip}((l_i + s) / w))$", "exact",
-        "For a finite film: its windows, one after another, join to one path, that of diffusion forcing.",
+        "For a film of finite length: its windows, one after another, join to one path like diffusion forcing's.",
         "Rolling Diffusion Models, D. Ruhe, J. Heek, T. Salimans, E. Hoogeboom, 2024, https://arxiv.org/abs/2402.09470",
         _staggered(order, window / (frames - 1 + window), schedules.cosine((1, 1, 1))),
     )  # fmt: skip
@@ -384,8 +385,8 @@ def mar(order: schedules.Order, steps: int = 1000, cap: float = 0.999) -> System
     rising(zero=0.0, cap=cap, one=1)
     return System(
         "MAR", "token", "$1$", "improved DDPM's, in turn", "limit",
-        "Of context without noise, gamma_min to -inf, for single tokens in a fixed order; several at a time are drawn "
-        "independently, which no path does.",
+        r"Reached when the context carries no noise at all ($\gamma_{\min} \to -\infty$), and tokens come singly "
+        "and in a fixed order; several at a time are drawn independently, which no path does.",
         "Autoregressive Image Generation without Vector Quantization, T. Li, Y. Tian, H. Li, M. Deng, K. He, 2024, "
         "https://arxiv.org/abs/2406.11838",
         _staggered(order, 1 / order.unique().numel(), _tabulated(_cosine_decay(steps, cap), (1, 1, 1))), weight=PLAIN,
@@ -405,7 +406,7 @@ def wavelet(variance: PerComponent, levels: int = 3, share: float | None = None)
     scale = sum(band * variance[band].mean().sqrt() for band in bands)
     return System(
         "wavelet score model", "haar", "deviation of the band", "VP's, band by band", "limit",
-        "Of coarser bands without noise, gamma_min to -inf: its networks are conditioned on clean ones.",
+        r"Reached when coarser bands carry no noise at all ($\gamma_{\min} \to -\infty$): its networks see clean ones.",
         "Wavelet Score-Based Generative Modeling, F. Guth, S. Coste, V. De Bortoli, S. Mallat, 2022, "
         "https://arxiv.org/abs/2208.05003",
         _staggered(level, share or 1 / len(bands), schedules.vp((1, 1, 1))), torch.as_tensor(scale),
@@ -420,7 +421,7 @@ def cascaded(shape: Shape) -> System:
     """Cascades: a low-resolution model, then super-resolution models. Near them: two Haar bands in turn."""
     return System(
         "cascaded diffusion", "two resolutions", "$1$", "(two Haar bands in turn)", "not an instance",
-        "Both resolutions together have more numbers than the image: the second stage draws the coarse image again.",
+        "Its two resolutions together have more numbers than the image: the second stage draws the coarse image again.",
         "Cascaded Diffusion Models for High Fidelity Image Generation, J. Ho et al., 2021, "
         "https://arxiv.org/abs/2106.15282",
         _staggered(bases.Haar(shape, 1).label("level"), 0.5, schedules.cosine((1, 1, 1))),
@@ -431,7 +432,7 @@ def subspace() -> System:
     """Subspace diffusion: fine components are dropped at a time t_k, that is, their gamma jumps to infinity."""
     return System(
         "subspace diffusion", "haar", "$1$", r"$\gamma(t),\ \infty\ \mathrm{after}\ t_k$", "approximate",
-        "On the way back through the jump, the dropped components are filled with noise that is chosen, not learnt.",
+        r"On the way back, at $t_k$, the dropped components are filled with noise that is chosen, not learnt.",
         "Subspace Diffusion Generative Models, B. Jing, G. Corso, R. Berlinghieri, T. Jaakkola, 2022, "
         "https://arxiv.org/abs/2205.01490",
     )  # fmt: skip
@@ -449,7 +450,7 @@ def heat_dissipation(shape: Shape, blur_min: float = 0.5, blur_max: float = 20.0
 
     return System(
         "heat dissipation", "dct", "$1$", rf"$(2\log {noise:g} + k_i^2\sigma_B^2)$", "not an instance",
-        "Its levels share no noise, so that they form no Markov chain of ours, and the average never drowns.",
+        "Noise is drawn anew at every level, so the levels form no Markov chain like ours; the mean grey never drowns.",
         "Generative Modelling With Inverse Heat Dissipation, S. Rissanen, M. Heinonen, A. Solin, 2022, "
         "https://arxiv.org/abs/2206.13397",
         Schedule(gamma, shape),
