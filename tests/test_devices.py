@@ -98,7 +98,8 @@ EXEMPT = {
 ON_CPU = {
     "baselines.Baseline", "baselines.context_table", "baselines.frame", "baselines.histograms", "baselines.neighbours",
     "baselines.normal", "baselines.of", "baselines.regression", "baselines.table", "baselines.webp",
-    "denoiser.read_saved", "denoiser.save", "designs.score", "families.known", "lattice.couplings", "lattice.momenta",
+    "denoiser.read_saved", "denoiser.save", "designs.score", "exact.curve", "families.known", "lattice.couplings",
+    "lattice.momenta",
     "likelihood.Likelihood", "likelihood.bound", "likelihood.flow", "mar.likelihood.ChainRuleLikelihood",
     "mar.likelihood.chain_rule_bound", "mar.model.save", "model.GUD", "networks.energies", "samplers.time_grid",
     "samplers.times", "schedules.patch_order", "windows.annealed",
@@ -453,6 +454,7 @@ PROBES |= {
     "exact.gaussian_error": lambda d: exact_error(d)(normals(d)),
     "exact.linear_eps": lambda d: exact.linear_eps(normals(d), COVARIANCE.to(d)),
     "exact.linear_error": lambda d: exact.linear_error(noise(d, 3, D, D), normals(d), COVARIANCE.to(d)),
+    "exact.curve": lambda d: exact.curve(4, 1.5),
     "exact.normal_kl": lambda d: exact.normal_kl(COVARIANCE.to(d), 2 * COVARIANCE.to(d)),
     "exact.information": lambda d: exact.information(LINE, exact_error(d), 4, d),
     "exact.information: columns": lambda d: exact.information(
@@ -832,6 +834,7 @@ PROBES |= {
     "statistics.randomly_mirrored": lambda d: statistics.randomly_mirrored(IMAGES.to(d), "mirror", gen(d)),
     "statistics.mirrored": lambda d: statistics.mirrored(IMAGES[..., :4].to(d), "all"),
     "process.from_eps": lambda d: use_kind(d, "v"),
+    "process.plain": lambda d: process.plain(LINE).to(d).white(normals(d)),
     "process.diffuse": lambda d: process.diffuse(normals(d), normals(d, 1), normals(d, 2)),
 }
 
@@ -1003,6 +1006,7 @@ PROBES |= {
     "schedules.held": lambda d: path(schedules.held(schedules.sequential(COLUMN.to(d), 0.5), KNOWN.to(d)), d),
     "schedules.held: on the CPU": lambda d: path(schedules.held(schedules.sequential(COLUMN, 0.5), KNOWN), d),
     "schedules.patch_order": lambda d: schedules.patch_order(SHAPE, 2),
+    "schedules.staggered": lambda d: path(schedules.staggered(COLUMN.to(d), 1.5, -8.0, 4.0), d),
     "schedules.rescaled": lambda d: path(schedules.rescaled(LINE, VARIANCE.to(d)), d),
     "schedules.shape_of": lambda d: schedules.shape_of(COLUMN.to(d)),
 }
