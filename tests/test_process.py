@@ -185,6 +185,7 @@ def test_a_plain_process_leaves_data_as_they_are():
     assert process.schedule is schedule
     torch.testing.assert_close(process.white(data), data, rtol=0, atol=0)
     torch.testing.assert_close(process.data(data), data, rtol=0, atol=0)
+    torch.testing.assert_close(process.prior.white_variance, torch.ones(SHAPE, dtype=torch.float64), rtol=0, atol=0)
 
 
 def test_pieces_of_different_shapes_are_refused_with_their_shapes():
